@@ -1,0 +1,135 @@
+"""How a shipped model does on the held-out questions: one score a model, task and setting."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from zipvl_adapters.cli.answering import Answers, ask
+from zipvl_adapters.cli.assets import Question
+from zipvl_adapters.cli.progress import Reporter
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+    from zipvl_adapters import ZipVLPolicy
+
+DENSE = "dense"
+ALL_TASKS = "all tasks"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one task under one setting. Shares lie in [0, 1]; `seconds` is the time of all its questions.
+
+    Bytes and FLOPs are sums over the questions; the `_dense` ones say what the same tokens cost without ZipVL. They
+    are 0, and `kept_ratio` is 1, for the dense model itself. `agreement` is None where dense answers were not at hand.
+    """
+
+    model: str
+    task: str
+    setting: str
+    questions: int
+    accuracy: float
+    agreement: float | None
+    kept_ratio: float
+    layer_ratios: list[float]
+    kv_bytes: int
+    kv_bytes_dense: int
+    attention_flops: int
+    attention_flops_dense: int
+    seconds: float
+
+    @property
+    def kv_saved(self) -> float:
+        """Share of the KV cache's bytes that are not needed."""
+        return 1 - self.kv_bytes / self.kv_bytes_dense if self.kv_bytes_dense else 0.0
+
+    @property
+    def flops_saved(self) -> float:
+        """Share of the prefill's attention FLOPs that are not needed, after paying for the probes."""
+        return 1 - self.attention_flops / self.attention_flops_dense if self.attention_flops_dense else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields and the two saved shares."""
+        return {**asdict(self), "kv_saved": self.kv_saved, "attention_flops_saved": self.flops_saved}
+
+
+def score_model(
+    name: str,
+    processor: Any,
+    model: "PreTrainedModel",
+    questions: Mapping[str, Sequence[Question]],
+    settings: "Mapping[str, Mapping[str, ZipVLPolicy | None]]",
+    *,
+    batch_size: int,
+    reporter: Reporter,
+) -> list[Score]:
+    """Score a model on every task under that task's settings (task to name of a setting to its policy)."""
+    scores = []
+    for task, asked in questions.items():
+        reporter.say(f"{name}: {task}")
+        policies = settings[task]
+        answers = ask(processor, model, asked, list(policies.values()), batch_size=batch_size, advance=reporter.advance)
+        by_setting = dict(zip(policies, answers, strict=True))
+        for setting, given in by_setting.items():
+            scores.append(_score(name, task, setting, asked, given, by_setting.get(DENSE)))
+    return scores
+
+
+def _score(
+    model: str, task: str, setting: str, questions: Sequence[Question], answers: Answers, dense: Answers | None
+) -> Score:
+    return Score(
+        model=model,
+        task=task,
+        setting=setting,
+        questions=len(questions),
+        accuracy=answers.accuracy(questions),
+        agreement=None if dense is None else answers.agreement(dense),
+        kept_ratio=answers.kept_ratio,
+        layer_ratios=answers.layer_ratios,
+        kv_bytes=answers.kv_bytes,
+        kv_bytes_dense=answers.kv_bytes_dense,
+        attention_flops=answers.attention_flops,
+        attention_flops_dense=answers.attention_flops_dense,
+        seconds=answers.seconds,
+    )
+
+
+def overall(scores: Sequence[Score]) -> Score:
+    """One model under one setting over all its tasks: plain means of the shares, sums of the rest."""
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    return Score(
+        model=scores[0].model,
+        task=ALL_TASKS,
+        setting=scores[0].setting,
+        questions=sum(score.questions for score in scores),
+        accuracy=mean([score.accuracy for score in scores]),
+        agreement=mean(agreements)
+        if (agreements := [s.agreement for s in scores if s.agreement is not None])
+        else None,
+        kept_ratio=mean([score.kept_ratio for score in scores]),
+        layer_ratios=[mean(layer) for layer in zip(*(score.layer_ratios for score in scores), strict=True)],
+        kv_bytes=sum(score.kv_bytes for score in scores),
+        kv_bytes_dense=sum(score.kv_bytes_dense for score in scores),
+        attention_flops=sum(score.attention_flops for score in scores),
+        attention_flops_dense=sum(score.attention_flops_dense for score in scores),
+        seconds=sum(score.seconds for score in scores),
+    )
+
+
+def paired(scores: Sequence[Score], setting: str) -> list[tuple[Score, Score]]:
+    """Per model: (dense, `setting`) of every task, then of all tasks together."""
+    pairs = []
+    for model in dict.fromkeys(score.model for score in scores):
+        sides = [[s for s in scores if (s.model, s.setting) == (model, name)] for name in (DENSE, setting)]
+        pairs += [*zip(*sides, strict=True), (overall(sides[0]), overall(sides[1]))]
+    return pairs
+
+
+def default_batch(device: "torch.device") -> int:
+    """Questions answered at once: few on a CPU, where larger batches gain nothing."""
+    return 8 if device.type == "cpu" else 64
