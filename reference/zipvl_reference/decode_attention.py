@@ -1,0 +1,36 @@
+"""Attention of a few new tokens over a cache whose used length differs per sequence (ZipVL: the decoding phase)."""
+
+import torch
+from torch import Tensor
+
+
+def decode_attention(
+    q: Tensor,  # [B, Hq, M, D]
+    k: Tensor,  # [B, Hkv, N, D]
+    v: Tensor,  # [B, Hkv, N, D]
+    seqused_k: Tensor,  # int32 [B] or [B, Hkv]
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention with the last query row at the last used row, as `q`; log-sum-exp of the scores, `[B, Hq, M]`.
+
+    A row that sees nothing is 0, and its log-sum-exp -inf.
+    """
+    (B, Hq, M, D), (Hkv, N) = q.shape, k.shape[1:3]
+    scale = D**-0.5 if scale is None else scale
+    out = torch.zeros(B, Hq, M, D, dtype=q.dtype, device=q.device)
+    lse = torch.full((B, Hq, M), -torch.inf, dtype=torch.float32, device=q.device)
+    column = torch.arange(N, device=q.device)
+    row = torch.arange(M, device=q.device)[:, None]
+    if N and M:
+        for b in range(B):  # one sequence at a time: the same bits alone or in a batch
+            used = seqused_k.view(B, -1)[b].view(-1, 1, 1, 1)  # [1 or Hkv, 1, 1, 1]
+            at = used - M + row  # the column that each query row stands at, [., 1, M, 1]
+            scores = q[b].float().view(Hkv, -1, M, D) @ k[b].float().mT[:, None] * scale
+            scores = scores.masked_fill(column > at, -torch.inf)
+            V = torch.where((column < used)[:, 0].mT, v[b], 0).float()  # 0 * NaN of an unused row is NaN
+            attended = torch.where(at >= 0, torch.softmax(scores, -1) @ V[:, None], 0)
+            out[b] = attended.view(Hq, M, D).to(q.dtype)
+            lse[b] = torch.logsumexp(scores, -1).view(Hq, M)
+    return (out, lse) if return_lse else out

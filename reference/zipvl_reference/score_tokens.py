@@ -1,0 +1,76 @@
+"""How much attention each token gets from the probe rows (ZipVL: accumulated and normalised attention scores)."""
+
+import torch
+from torch import Tensor
+
+TILE = 4096  # key columns scored at a time, so that no P x N score matrix is ever stored
+
+
+def score_tokens(
+    q: Tensor,  # [B, Hq, M, D]
+    k: Tensor,  # [B, Hkv, N, D]
+    probe_rows: Tensor,  # int32 [P] or [B, P]
+    *,
+    scale: float | None = None,
+    q_start: Tensor | None = None,  # int32 [B]
+    leftpad_k: Tensor | None = None,  # int32 [B]
+    seqused_k: Tensor | None = None,  # int32 [B]
+    pool: str = "layer",
+) -> tuple[Tensor, Tensor]:
+    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
+    (B, Hq, M, D), Hkv, N = q.shape, k.shape[1], k.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    heads = Hq if pool == "layer" else Hq // Hkv  # that share a group
+    accumulated = torch.zeros(B, Hq // heads, N, dtype=torch.float32, device=q.device)
+    normalized = torch.zeros_like(accumulated)
+    if M == 0 or probe_rows.shape[-1] == 0:
+        return accumulated, normalized
+
+    for b, row in enumerate(probe_rows.expand(B, -1)):  # one sequence at a time: the same bits alone or in a batch
+        first = 0 if leftpad_k is None else leftpad_k[b]
+        end = N if seqused_k is None else seqused_k[b]
+        at = row + (N - M if q_start is None else q_start[b])  # the column that each probe stands at
+        valid = (row >= 0) & (row < M) & (at >= first) & (at < end)
+        probes = q[b].index_select(1, row.clamp(0, M - 1))
+        sees_up_to = torch.where(valid, at, -1)
+        a, nnz = _column_sums(probes, k[b], sees_up_to, first, scale)
+        a = a.view(-1, heads // (Hq // Hkv), N).sum(1)
+        accumulated[b] = a
+        normalized[b] = torch.where(nnz > 0, a / (heads * nnz), 0)
+    return accumulated, normalized
+
+
+def _column_sums(
+    probes: Tensor,  # [Hq, P, D]
+    k: Tensor,  # [Hkv, N, D]
+    sees_up_to: Tensor,  # [P], the last column that each probe sees, -1 for none
+    first: Tensor | int,  # the first valid column
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """For one sequence: the attention each column gets, per KV head `[Hkv, N]`, and how many probes see it `[N]`."""
+    (Hq, P, D), (Hkv, N, _) = probes.shape, k.shape
+    Q = probes.float().reshape(Hkv, -1, D)  # query heads that read the same KV head side by side
+
+    def tile(begin: int) -> tuple[Tensor, Tensor]:
+        column = torch.arange(begin, min(begin + TILE, N), device=k.device)
+        sees = (column >= first) & (column <= sees_up_to[:, None])  # [P, tile]
+        scores = Q @ k[:, begin : begin + TILE].float().mT * scale
+        return scores.view(Hkv, Hq // Hkv, P, -1).masked_fill(~sees, -torch.inf), sees
+
+    # A_P = softmax(Q_P K^T / sqrt(d)), causal: its row maxima and row sums ...
+    highest = torch.full((Hkv, Hq // Hkv, P, 1), torch.finfo(torch.float32).min, device=k.device)
+    total = torch.zeros_like(highest)
+    for begin in range(0, N, TILE):
+        scores, _ = tile(begin)
+        higher = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        total = total * (highest - higher).exp() + (scores - higher).exp().sum(-1, keepdim=True)
+        highest = higher
+    total = total.clamp(min=1)  # exp(0) or more where a column is seen; where none is, A is 0 and not 0 / 0
+
+    # ... and its columns: a_j = sum over the probes c of A_P[c, j]; nnz_j = how many probes stand at j or after it.
+    a, nnz = torch.empty(Hkv, N, device=k.device), torch.empty(N, dtype=torch.int64, device=k.device)
+    for begin in range(0, N, TILE):
+        scores, sees = tile(begin)
+        a[:, begin : begin + TILE] = ((scores - highest).exp() / total).sum((1, 2))
+        nnz[begin : begin + TILE] = sees.sum(0)
+    return a, nnz
