@@ -88,7 +88,7 @@ def _name(tau: float) -> str:
     return f"tau {tau:g}"
 
 
-def _fixed_policies(scores: list[Score], model: str, task: str, taus: list[float]) -> "dict[str, ZipVLPolicy]":
+def _fixed_policies(scores: list[Score], model: str, task: str, taus: list[float]) -> "dict[str, ZipVLPolicy | None]":
     """For every tau the policy that keeps, in every layer, the share that ZipVL kept on average for this task."""
     from zipvl_adapters import ZipVLPolicy
 

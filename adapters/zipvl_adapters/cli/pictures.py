@@ -136,7 +136,7 @@ def draw_kept(examples: Sequence[Example], path: Path) -> None:
         figure = Figure(figsize=(2.75 * columns, 3.45 * len(examples)), layout="constrained")
         for band, shown in zip(figure.subfigures(len(examples), 1, squeeze=False)[:, 0], examples, strict=True):
             axes = band.subplots(1, columns)
-            band.suptitle(_heading(shown), fontsize=10.5, x=0.0035, ha="left", weight="bold")
+            band.suptitle(_heading(shown), fontsize=10.5, x=0.0035, ha="left", weight="bold", parse_math=False)
             _show(axes[0], shown.picture, "input picture")
             for axis, view in zip(axes[1:], shown.views, strict=True):
                 title = f"layer {view.layer + 1} of {shown.layers}: {view.ratio:.0%} kept"
@@ -146,7 +146,13 @@ def draw_kept(examples: Sequence[Example], path: Path) -> None:
 
 def _heading(shown: Example) -> str:
     right = "right" if shown.zipvl == shown.question.answer else f"wrong, expected {shown.question.answer}"
-    return f"{shown.question.question}  ZipVL: {shown.zipvl} ({right}), dense: {shown.dense}"
+    return f"{_plain(shown.question.question)}  ZipVL: {_plain(shown.zipvl)} ({right}), dense: {_plain(shown.dense)}"
+
+
+def _plain(text: str) -> str:
+    """A model may answer anything: what the font lacks becomes a question mark, and what is long is cut."""
+    shown = "".join(c if c.isprintable() and ord(c) < 0x530 else "?" for c in " ".join(text.split()))
+    return shown if len(shown) <= 48 else f"{shown[:45]}..."
 
 
 def _darken(picture: np.ndarray, visible: np.ndarray) -> np.ndarray:
