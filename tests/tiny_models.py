@@ -47,6 +47,7 @@ def tiny(family: str, seed: int = 0, **text: Any) -> Tiny:
     torch.manual_seed(seed)
     config, model_class, tokens = _vision(family, text) if family in VISION_FAMILIES else _text(family, text)
     model = model_class(config).eval()
+    model.get_output_embeddings().weight.data *= 0.1  # logits of the size of 1, so that 1e-5 is what fp32 can tell
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
     return Tiny(family, model, tokens)
@@ -104,7 +105,9 @@ def _vision(family: str, text: dict[str, Any]) -> tuple[Any, Any, int]:
     clip = transformers.CLIPVisionConfig(image_size=16, patch_size=4, projection_dim=32, **tower)
     llama, qwen2 = (c(**TEXT | text) for c in (transformers.LlamaConfig, transformers.Qwen2Config))
     if family == "llava":
-        config = transformers.LlavaConfig(vision_config=clip, text_config=llama, image_token_id=IMAGE, vision_feature_layer=-2)
+        config = transformers.LlavaConfig(
+            vision_config=clip, text_config=llama, image_token_id=IMAGE, vision_feature_layer=-2
+        )
         return config, transformers.LlavaForConditionalGeneration, 16
     if family == "llava_next":
         config = transformers.LlavaNextConfig(
@@ -156,7 +159,5 @@ def _qwen(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
         )
         return config, transformers.Qwen2_5_VLForConditionalGeneration
     more = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-    config = transformers.Qwen3VLConfig(
-        text_config=words | {"head_dim": 8}, vision_config=tower | more, **ids
-    )
+    config = transformers.Qwen3VLConfig(text_config=words | {"head_dim": 8}, vision_config=tower | more, **ids)
     return config, transformers.Qwen3VLForConditionalGeneration

@@ -77,7 +77,7 @@ class ZipVLLayer(CacheLayerMixin):
             self.owner = weakref.ref(module)
         elif self.owner() is not module:
             raise ValueError(
-                "past_key_values: this ZipVLCache belongs to another model; make one for each model, or reset() it first"
+                "past_key_values: this ZipVLCache belongs to another model; make one for each, or reset() it first"
             )
         self.seen += n
 

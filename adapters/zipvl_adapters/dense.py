@@ -26,7 +26,7 @@ def dense_attention(
     mask: Tensor | None,  # None, padding [B, m] or [B, 1 or Hq, n, m]
     **kwargs: Any,
 ) -> Tensor:
-    """Causal attention of the last `n` of `m` columns exactly as transformers' own "sdpa" computes it, `[B, n, Hq, D]`."""
+    """Causal attention of the last `n` of `m` columns as transformers' own "sdpa" computes it, `[B, n, Hq, D]`."""
     if mask is None or mask.ndim == 2:
         mask = _causal_mask(q, k, mask)
     out, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)

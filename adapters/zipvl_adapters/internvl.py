@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,7 @@ def image_boxes(
     config: Any, inputs: Mapping[str, Any], is_image: Tensor, image_sizes: Sequence[tuple[int, int]] | None
 ) -> list[Tensor]:
     """Boxes `[tokens, 4]` of each picture. Without `image_sizes` tiles whose grid is not certain have no place."""
-    size, patch = config.vision_config.image_size, config.vision_config.patch_size
-    size, patch = (x if isinstance(x, int) else x[0] for x in (size, patch))
-    side = int(size // patch * config.downsample_ratio)
+    side = math.isqrt(tokens_of_a_tile(config))
     whole = grid_boxes(side, side)
     pictures = []
     for i, length in enumerate(_runs(is_image)):
@@ -32,6 +31,13 @@ def image_boxes(
         grid = _grid(tiles - 1, image_sizes[i] if image_sizes is not None else None)
         pictures.append(torch.cat([_tile_boxes(tiles - 1, grid, side), whole]))
     return pictures
+
+
+def tokens_of_a_tile(config: Any) -> int:
+    """Visual tokens that one tile becomes."""
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    size, patch = (x if isinstance(x, int) else x[0] for x in (size, patch))
+    return int(size // patch * config.downsample_ratio) ** 2
 
 
 def _runs(is_image: Tensor) -> list[int]:

@@ -116,7 +116,7 @@ class Session:
         other = None if cache.session is None else cache.session()
         if cache.session is not None and other is not self:
             raise ValueError(
-                "past_key_values: this ZipVLCache is attached elsewhere; make one for each attach(), or reset() it first"
+                "past_key_values: this ZipVLCache is attached elsewhere; make another, or reset() it first"
             )
         cache.session = weakref.ref(self)
         if not cache.get_seq_length():

@@ -47,18 +47,15 @@ class Prefill:
         Hq, _, D = self.heads
         pairs, dense, scored = 0, 0, 0
         for b in range(B):
-            per_group = [len(x) * p + len(x) * (len(x) + 1) // 2 for x, p in zip(rows[b], _spread(past[b], rows[b]))]
-            pairs += Hq * sum(per_group) // len(per_group)
+            G = max(len(rows[b]), len(past[b]))
+            sizes = zip([len(x) for x in rows[b]] * (G // len(rows[b])), past[b] * (G // len(past[b])), strict=True)
+            pairs += Hq // G * sum(c * p + c * (c + 1) // 2 for c, p in sizes)
             dense += Hq * (seen[b] * before[b] + seen[b] * (seen[b] + 1) // 2)
             held = sum(past[b]) // len(past[b])
             scored += Hq * sum(held + i - first[b] + 1 for i in probes if first[b] <= i < end[b])
         # Positions in the padded batch, of tokens that at least one group of heads kept.
         kept = [torch.cat(x).unique() + self.start for x in rows]
         return Counted(seen, kept, 4 * D * pairs + 2 * D * scored, 4 * D * dense)
-
-
-def _spread(past: list[int], rows: list[Tensor]) -> list[int]:
-    return past if len(past) == len(rows) else past * len(rows)
 
 
 @dataclass(frozen=True)
