@@ -1,0 +1,180 @@
+"""Checks of arguments: each raises TypeError or ValueError that names the argument, what was expected and what came."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+MAX_DECODE_ROWS = 16
+
+
+def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """`q [B, Hq, M, D]` with `k, v [B, Hkv, N, D]`: one dtype and device, `Hq % Hkv == 0`, last dim contiguous."""
+    _heads("q", q, q)
+    B, Hq, _, D = q.shape
+    if Hq < 1 or D < 1:
+        raise ValueError(f"q: expected at least one head and a head dim of at least 1, got shape {_shape(q)}")
+    _heads("k", k, q)
+    Hkv = k.shape[1]
+    if k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"k: expected [B, Hkv, N, D] with B = {B} and D = {D} as in q, got shape {_shape(k)}")
+    if Hkv < 1 or Hq % Hkv:
+        raise ValueError(
+            f"k: expected a number of heads that divides the {Hq} heads of q, got {Hkv} (shape {_shape(k)})"
+        )
+    if v is not None:
+        _heads("v", v, q)
+        if v.shape != k.shape:
+            raise ValueError(f"v: expected the shape of k, {_shape(k)}, got {_shape(v)}")
+
+
+def pair_in_place(k: Tensor, v: Tensor) -> None:
+    """`k` and `v` that are to be written: two buffers `[B, Hkv, N, D]`, neither broadcast."""
+    heads(q=k, k=k, v=v)
+    if k is v:
+        raise ValueError("v: expected a buffer of its own, got the same tensor as k")
+    for name, x in (("k", k), ("v", v)):
+        for size, stride in zip(x.shape, x.stride(), strict=True):
+            if size > 1 and stride == 0:
+                raise ValueError(
+                    f"{name}: expected memory of its own for every row, since it is written in place, "
+                    f"got an expanded tensor of shape {_shape(x)} and strides {x.stride()}"
+                )
+
+
+def int32(name: str, x: Tensor, device: torch.device, *shapes: tuple[int, ...], meaning: str) -> None:
+    """`x` is int32 on `device` and of one of `shapes`, which `meaning` spells in letters."""
+    _tensor(name, x)
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name}: expected int32 {meaning}, got {x.dtype} of shape {_shape(x)}")
+    if tuple(x.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: expected int32 {meaning}, here {wanted}, got shape {_shape(x)}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like the others, got one on {x.device}")
+
+
+def per_sequence(B: int, device: torch.device, **given: Tensor | None) -> None:
+    """Each of `given`, unless None, is int32 `[B]` on `device`."""
+    for name, x in given.items():
+        if x is not None:
+            int32(name, x, device, (B,), meaning="[B]")
+
+
+def probe_numbers(probe_rows: Tensor, B: int, device: torch.device) -> None:
+    """int32 `[P]` or `[B, P]`."""
+    _tensor("probe_rows", probe_rows)
+    P = probe_rows.shape[-1] if probe_rows.dim() else 0
+    int32("probe_rows", probe_rows, device, (P,), (B, P), meaning="[P] or [B, P]")
+
+
+def selection(indices: Tensor, counts: Tensor, k: Tensor, *, any_width: bool = False) -> None:
+    """`indices [B, G, N]` and `counts [B, G]` for `k [B, Hkv, N, D]`; with `any_width`, `N` of `k` may be another."""
+    B, Hkv = k.shape[:2]
+    _tensor("indices", indices)
+    N = indices.shape[-1] if any_width and indices.dim() else k.shape[2]
+    int32("indices", indices, k.device, (B, 1, N), (B, Hkv, N), meaning="[B, G, N] with G = 1 or Hkv")
+    int32("counts", counts, k.device, (B, indices.shape[1]), meaning="[B, G]")
+
+
+def scores(accumulated: Tensor, normalized: Tensor) -> None:
+    """Two fp32 `[B, G, N]` of one shape and device."""
+    for name, x in (("accumulated", accumulated), ("normalized", normalized)):
+        _tensor(name, x)
+        if x.dtype != torch.float32:
+            raise TypeError(f"{name}: expected float32 [B, G, N], got {x.dtype}")
+        if x.dim() != 3:
+            raise ValueError(f"{name}: expected float32 [B, G, N], got shape {_shape(x)}")
+    if normalized.shape != accumulated.shape:
+        raise ValueError(
+            f"normalized: expected the shape of accumulated, {_shape(accumulated)}, got {_shape(normalized)}"
+        )
+    if normalized.device != accumulated.device:
+        raise ValueError(
+            f"normalized: expected a tensor on {accumulated.device} like accumulated, got {normalized.device}"
+        )
+
+
+def ratio(name: str, x: float | None) -> None:
+    """A number in (0, 1]."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name}: expected a number in (0, 1], got {x!r}")
+    if not 0 < x <= 1:
+        raise ValueError(f"{name}: expected a number in (0, 1], got {x!r}")
+
+
+def one_ratio(tau: float | None, keep_ratio: float | None) -> None:
+    """Exactly one of the two, and that in (0, 1]."""
+    if (tau is None) == (keep_ratio is None):
+        raise ValueError(
+            f"tau, keep_ratio: expected exactly one of them, got tau={tau!r} and keep_ratio={keep_ratio!r}"
+        )
+    ratio("tau", tau) if keep_ratio is None else ratio("keep_ratio", keep_ratio)
+
+
+def not_negative(**given: int) -> None:
+    """Whole numbers of at least 0."""
+    for name, x in given.items():
+        whole_number(name, x)
+        if x < 0:
+            raise ValueError(f"{name}: expected a whole number of at least 0, got {x!r}")
+
+
+def whole_number(name: str, x: int) -> None:
+    """An int, or a symbolic one under `torch.compile`; not a bool."""
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected a whole number, got {x!r}")
+
+
+def probes(num_recent: int, num_random: int) -> None:
+    """At least one probe in all."""
+    not_negative(num_recent=num_recent, num_random=num_random)
+    if num_recent + num_random < 1:
+        raise ValueError("num_recent, num_random: expected at least one probe in all, got 0 and 0")
+
+
+def scale(x: float | None) -> None:
+    """None or a finite number."""
+    if x is None:
+        return
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"scale: expected a number or None, got {x!r}")
+    if not math.isfinite(x):
+        raise ValueError(f"scale: expected a finite number or None, got {x!r}")
+
+
+def pool(x: str) -> None:
+    """ "layer" or "kv_head"."""
+    if x not in ("layer", "kv_head"):
+        raise ValueError(f"pool: expected 'layer' or 'kv_head', got {x!r}")
+
+
+def decode_rows(q: Tensor) -> None:
+    """At most 16 query rows."""
+    if q.shape[2] > MAX_DECODE_ROWS:
+        raise ValueError(f"q: expected at most {MAX_DECODE_ROWS} query rows (M), got shape {_shape(q)}")
+
+
+def _heads(name: str, x: Tensor, q: Tensor) -> None:
+    """A float tensor of rank 4 with a contiguous last dim, and dtype and device of `q`."""
+    _tensor(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected [batch, heads, rows, head dim], got shape {_shape(x)}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {x.dtype}")
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name}: expected {q.dtype} as q, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected a tensor on {q.device} like q, got one on {x.device}")
+    if x.stride(3) != 1 and x.shape[3] > 1:
+        raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()} for shape {_shape(x)}")
+
+
+def _tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)

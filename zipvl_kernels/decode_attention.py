@@ -1,0 +1,99 @@
+"""`decode_attention`: attention of a few new tokens over a ragged cache."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from zipvl_kernels import _validate
+from zipvl_kernels._backends import resolve
+from zipvl_kernels._library import operator
+
+
+@overload
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqused_k: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqused_k: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqused_k: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of a few new rows over a cache whose used length differs per sequence, or per KV head.
+
+    The last query row sits at the last used row, `seqused_k - 1`. A row that sees nothing (an empty cache) is 0.
+
+    Args:
+        q: `[B, Hq, M, D]`, fp16, bf16 or fp32, `M <= 16`.
+        k, v: `[B, Hkv, N, D]`, as `q`; rows from `seqused_k` on are never read into the result.
+        seqused_k: int32 `[B]` or `[B, Hkv]`, used rows, the new ones included.
+        scale: of the scores, default `D ** -0.5`.
+        return_lse: also return the log-sum-exp of the scores, to merge partial results.
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        `out [B, Hq, M, D]`, dtype of `q`; with `return_lse` also `lse`, fp32 `[B, Hq, M]`, natural logarithm, -inf for
+        a row that sees nothing.
+
+    Raises:
+        TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
+    """
+    _validate.heads(q=q, k=k, v=v)
+    _validate.decode_rows(q)
+    B, Hkv = k.shape[:2]
+    _validate.int32("seqused_k", seqused_k, q.device, (B,), (B, Hkv), meaning="[B] or [B, Hkv]")
+    _validate.scale(scale)
+    if return_lse:
+        both: tuple[Tensor, Tensor] = _decode_attention_lse(q, k, v, seqused_k, scale, backend)
+        return both
+    out: Tensor = _decode_attention(q, k, v, seqused_k, scale, backend)
+    return out
+
+
+def _fake(q: Tensor, *rest: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _fake_lse(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+_ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor seqused_k, float? scale, str backend)"
+
+
+@operator(f"decode_attention{_ARGUMENTS} -> Tensor", _fake)
+def _decode_attention(q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor, scale: float | None, backend: str) -> Tensor:
+    out: Tensor = resolve("decode_attention", backend)(q, k, v, seqused_k, scale=scale)
+    return out
+
+
+@operator(f"decode_attention_lse{_ARGUMENTS} -> (Tensor, Tensor)", _fake_lse)
+def _decode_attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor, scale: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    implementation = resolve("decode_attention", backend)
+    both: tuple[Tensor, Tensor] = implementation(q, k, v, seqused_k, scale=scale, return_lse=True)
+    return both

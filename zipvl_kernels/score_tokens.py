@@ -1,0 +1,92 @@
+"""`score_tokens`: how much attention each token gets from the probe rows."""
+
+import torch
+from torch import Tensor
+
+from zipvl_kernels import _validate
+from zipvl_kernels._backends import resolve
+from zipvl_kernels._library import operator
+
+
+def score_tokens(
+    q: Tensor,
+    k: Tensor,
+    probe_rows: Tensor,
+    *,
+    scale: float | None = None,
+    q_start: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    pool: str = "layer",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Column sums of the probe rows' attention (ZipVL, arXiv 2410.08584: accumulated and normalised attention scores).
+
+    `A[b, h, r, :]` is the causal softmax of probe row `r` over the valid columns it sees. A probe that falls on
+    padding, or a row number outside `[0, M)`, contributes nothing.
+
+    Args:
+        q: `[B, Hq, M, D]`, fp16, bf16 or fp32.
+        k: `[B, Hkv, N, D]`, as `q`.
+        probe_rows: int32 `[P]` or `[B, P]`, row numbers of `q`.
+        scale: of the scores, default `D ** -0.5`.
+        q_start: int32 `[B]`, the column of query row 0; default `N - M`.
+        leftpad_k, seqused_k: int32 `[B]`, valid columns are `[leftpad_k, seqused_k)`; default `[0, N)`.
+        pool: "layer" sums over all heads (`G = 1`), "kv_head" over the query heads of each KV head (`G = Hkv`).
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        `accumulated`, fp32 `[B, G, N]`: sum of `A` over the heads of the group and the probes.
+        `normalized`, fp32 `[B, G, N]`: `accumulated / (heads in the group * number of valid probes that see the
+        column)`, 0 where none does.
+
+    Raises:
+        TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
+    """
+    _validate.heads(q=q, k=k)
+    B = q.shape[0]
+    _validate.probe_numbers(probe_rows, B, q.device)
+    _validate.scale(scale)
+    _validate.per_sequence(B, q.device, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
+    _validate.pool(pool)
+    scores: tuple[Tensor, Tensor] = _score_tokens(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, backend)
+    return scores
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    probe_rows: Tensor,
+    scale: float | None,
+    q_start: Tensor | None,
+    leftpad_k: Tensor | None,
+    seqused_k: Tensor | None,
+    pool: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    G = 1 if pool == "layer" else k.shape[1]
+    accumulated = q.new_empty((q.shape[0], G, k.shape[2]), dtype=torch.float32)
+    return accumulated, torch.empty_like(accumulated)
+
+
+@operator(
+    "score_tokens(Tensor q, Tensor k, Tensor probe_rows, float? scale, Tensor? q_start, Tensor? leftpad_k, "
+    "Tensor? seqused_k, str pool, str backend) -> (Tensor, Tensor)",
+    _fake,
+)
+def _score_tokens(
+    q: Tensor,
+    k: Tensor,
+    probe_rows: Tensor,
+    scale: float | None,
+    q_start: Tensor | None,
+    leftpad_k: Tensor | None,
+    seqused_k: Tensor | None,
+    pool: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    implementation = resolve("score_tokens", backend)
+    scores: tuple[Tensor, Tensor] = implementation(
+        q, k, probe_rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool
+    )
+    return scores

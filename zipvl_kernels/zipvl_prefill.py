@@ -1,0 +1,149 @@
+"""`zipvl_prefill_`: score, select, compact and attend as one call."""
+
+import torch
+from torch import Tensor
+
+from zipvl_kernels import _validate
+from zipvl_kernels._backends import resolve
+from zipvl_kernels._library import operator
+
+
+def zipvl_prefill_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tau: float = 0.975,
+    keep_ratio: float | None = None,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    keep_first: int = 0,
+    keep_recent: int = 1,
+    scale: float | None = None,
+    q_start: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    pool: str = "layer",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ZipVL's prefill of one layer (arXiv 2410.08584): `probe_rows`, `score_tokens`, `select_tokens`, `compact_kv_` and
+    `sparse_attention` on what is left. `k` and `v` end up compacted: rows `[0, counts)` hold the kept ones in order.
+
+    Args:
+        q: `[B, Hq, M, D]`, fp16, bf16 or fp32.
+        k, v: `[B, Hkv, N, D]`, as `q`, written in place; two buffers with memory of their own.
+        tau: share of the attention mass to keep, in (0, 1].
+        keep_ratio: share of the tokens to keep, in (0, 1]; when given, it takes the place of `tau`.
+        num_recent, num_random, seed: as for `probe_rows`.
+        keep_first, keep_recent: so many columns are kept whatever their scores.
+        scale: of the scores, default `D ** -0.5`.
+        q_start: int32 `[B]`, the column of query row 0; default `N - M`.
+        leftpad_k, seqused_k: int32 `[B]`, valid columns are `[leftpad_k, seqused_k)`; default `[0, N)`.
+        pool: "layer" keeps one set of tokens (`G = 1`), "kv_head" one for each KV head (`G = Hkv`).
+        backend: "auto", "reference", "triton" or "cuda".
+
+    Returns:
+        `out [B, Hq, M, D]`, dtype of `q`, 0 in rows that were not kept; `indices`, int32 `[B, G, N]`, the kept columns,
+        ascending, then -1; `counts`, int32 `[B, G]`.
+
+    Raises:
+        TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
+    """
+    _validate.heads(q=q, k=k, v=v)
+    _validate.pair_in_place(k, v)
+    _validate.ratio("tau", tau) if keep_ratio is None else _validate.ratio("keep_ratio", keep_ratio)
+    _validate.probes(num_recent, num_random)
+    _validate.whole_number("seed", seed)
+    _validate.not_negative(keep_first=keep_first, keep_recent=keep_recent)
+    _validate.scale(scale)
+    _validate.per_sequence(q.shape[0], q.device, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
+    _validate.pool(pool)
+    result: tuple[Tensor, Tensor, Tensor] = _zipvl_prefill_(
+        q,
+        k,
+        v,
+        tau,
+        keep_ratio,
+        num_recent,
+        num_random,
+        seed,
+        keep_first,
+        keep_recent,
+        scale,
+        q_start,
+        leftpad_k,
+        seqused_k,
+        pool,
+        backend,
+    )
+    return result
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: float,
+    keep_ratio: float | None,
+    num_recent: int,
+    num_random: int,
+    seed: int,
+    keep_first: int,
+    keep_recent: int,
+    scale: float | None,
+    q_start: Tensor | None,
+    leftpad_k: Tensor | None,
+    seqused_k: Tensor | None,
+    pool: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, Hkv, N, _ = k.shape
+    G = 1 if pool == "layer" else Hkv
+    indices, counts = q.new_empty((B, G, N), dtype=torch.int32), q.new_empty((B, G), dtype=torch.int32)
+    return q.new_empty(q.shape), indices, counts
+
+
+@operator(
+    "zipvl_prefill_(Tensor q, Tensor(a!) k, Tensor(b!) v, float tau, float? keep_ratio, int num_recent, "
+    "int num_random, int seed, int keep_first, int keep_recent, float? scale, Tensor? q_start, Tensor? leftpad_k, "
+    "Tensor? seqused_k, str pool, str backend) -> (Tensor, Tensor, Tensor)",
+    _fake,
+)
+def _zipvl_prefill_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tau: float,
+    keep_ratio: float | None,
+    num_recent: int,
+    num_random: int,
+    seed: int,
+    keep_first: int,
+    keep_recent: int,
+    scale: float | None,
+    q_start: Tensor | None,
+    leftpad_k: Tensor | None,
+    seqused_k: Tensor | None,
+    pool: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    implementation = resolve("zipvl_prefill_", backend)
+    result: tuple[Tensor, Tensor, Tensor] = implementation(
+        q,
+        k,
+        v,
+        tau=tau,
+        keep_ratio=keep_ratio,
+        num_recent=num_recent,
+        num_random=num_random,
+        seed=seed,
+        keep_first=keep_first,
+        keep_recent=keep_recent,
+        scale=scale,
+        q_start=q_start,
+        leftpad_k=leftpad_k,
+        seqused_k=seqused_k,
+        pool=pool,
+    )
+    return result
