@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
 from zipvl_adapters.cli import demo, env, evaluate, run
 from zipvl_adapters.cli.checks import UserError
 

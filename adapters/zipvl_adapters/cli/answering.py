@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from transformers import PreTrainedModel
+
     from zipvl_adapters import Stats, ZipVLPolicy
     from zipvl_adapters.cli.assets import Question
 
@@ -72,6 +73,7 @@ def open_model(
 ) -> "tuple[PreTrainedModel, Any]":
     """Load a model and its processor without the progress bars and warnings of transformers."""
     from transformers.utils import logging
+
     from zipvl_adapters import LoadError, load
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -129,6 +131,7 @@ def answer(
 ) -> "tuple[list[str], float, Stats | None]":
     """Greedy answers of one batch, the seconds they took, and ZipVL's statistics (None for the dense model)."""
     import torch
+
     from zipvl_adapters import attach
 
     generate: Any = model.generate

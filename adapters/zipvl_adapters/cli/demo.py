@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
 from zipvl_adapters.cli.answering import open_model
 from zipvl_adapters.cli.assets import EASY_TASK, HARD_TASK, find_assets
 from zipvl_adapters.cli.checks import check_device, check_output, check_positive, check_tau
@@ -17,6 +18,7 @@ from zipvl_adapters.cli.tables import percent, print_table
 
 if TYPE_CHECKING:
     import torch
+
     from zipvl_adapters.cli.pictures import Example
 
 ZIPVL = "ZipVL"
@@ -98,7 +100,7 @@ def _write(
 def _notes(scores: list[Score], device: "torch.device") -> list[str]:
     questions = max(score.questions for score in scores)
     return [
-        f"An answer is right when it equals the expected text exactly. With {questions} questions a task one answer"
+        f"A question counts as answered when the text equals the expected one exactly. With {questions} of them a task, one"
         f" weighs {100 / questions:.1f} points: 'zipvl eval' measures on more.",
         "Agree: the share of questions to which both gave the same answer. Kept: the share of the prompt's tokens, mean"
         " over layers and questions. KV saved: bytes of the cache after the answer. FLOPs saved: QK^T and PV of the"

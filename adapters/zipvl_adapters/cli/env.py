@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from zipvl_adapters.cli.assets import checkout, find_assets
 
 if TYPE_CHECKING:

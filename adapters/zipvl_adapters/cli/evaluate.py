@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
 from zipvl_adapters.cli.answering import open_model
 from zipvl_adapters.cli.assets import find_assets
 from zipvl_adapters.cli.checks import UserError, check_device, check_output, check_positive, check_tau
@@ -17,6 +18,7 @@ from zipvl_adapters.cli.tables import print_table
 
 if TYPE_CHECKING:
     import torch
+
     from zipvl_adapters import ZipVLPolicy
 
 TAUS = (1.0, 0.99, 0.975, 0.95, 0.9, 0.8, 0.7, 0.5)

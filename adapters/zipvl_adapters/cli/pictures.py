@@ -10,12 +10,14 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
 from zipvl_adapters.cli.answering import answer, chat_prompt, encode, read_picture
 from zipvl_adapters.cli.assets import EASY_TASK, Question
 from zipvl_adapters.cli.scoring import DENSE, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
     from zipvl_adapters import Stats, ZipVLPolicy
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+
 from zipvl_adapters.cli.answering import answer, chat_prompt, encode, open_model
 from zipvl_adapters.cli.checks import (
     UserError,
@@ -21,6 +22,7 @@ from zipvl_adapters.cli.tables import print_table
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
     from zipvl_adapters import Stats
 
 

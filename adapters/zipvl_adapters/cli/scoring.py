@@ -11,6 +11,7 @@ from zipvl_adapters.cli.progress import Reporter
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
     from zipvl_adapters import ZipVLPolicy
 
 DENSE = "dense"
