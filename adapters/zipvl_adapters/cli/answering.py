@@ -71,13 +71,17 @@ class Answers:
 def open_model(
     path_or_id: str, *, device: "torch.device", dtype: "torch.dtype | None" = None
 ) -> "tuple[PreTrainedModel, Any]":
-    """Load a model and its processor without the progress bars and warnings of transformers."""
+    """Load a model and its processor without the warnings of transformers; downloads keep their progress bars."""
+    import huggingface_hub.utils
     from transformers.utils import logging
 
     from zipvl_adapters import LoadError, load
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hub: Any = huggingface_hub.utils  # without types
+    hub.logging.set_verbosity_error()
+    hub.enable_progress_bars()
     try:
         model, processor = load(path_or_id, device=device, dtype=dtype)
     except LoadError as error:

@@ -148,13 +148,14 @@ def draw_kept(examples: Sequence[Example], path: Path) -> None:
 
 def _heading(shown: Example) -> str:
     right = "right" if shown.zipvl == shown.question.answer else f"wrong, expected {shown.question.answer}"
-    return f"{_plain(shown.question.question)}  ZipVL: {_plain(shown.zipvl)} ({right}), dense: {_plain(shown.dense)}"
+    asked = _plain(shown.question.question, 60)
+    return f"{asked}  ZipVL: {_plain(shown.zipvl, 16)} ({right}), dense: {_plain(shown.dense, 16)}"
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, limit: int) -> str:
     """A model may answer anything: what the font lacks becomes a question mark, and what is long is cut."""
     shown = "".join(c if c.isprintable() and ord(c) < 0x530 else "?" for c in " ".join(text.split()))
-    return shown if len(shown) <= 48 else f"{shown[:45]}..."
+    return (shown if len(shown) <= limit else f"{shown[: limit - 3]}...") or "(nothing)"
 
 
 def _darken(picture: np.ndarray, visible: np.ndarray) -> np.ndarray:
@@ -222,6 +223,8 @@ def draw_tradeoff(scores: Sequence[Score], path: Path) -> None:
                         axis.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=label, **style)
             axis.set_title(model, loc="left", weight="bold", fontsize=11)
             axis.set_xlabel("tokens kept, mean over layers (%)")
+        lowest = min(100 * score.accuracy for score in scores)
+        panels[0].set_ylim(10 * (lowest // 10) - 1.5, 101.5)
         panels[0].set_ylabel("right answers (%), dotted: dense")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=5, fontsize=9)

@@ -61,7 +61,8 @@ _PAGE = Template("""<!doctype html>
 
 <h2>Which visual tokens each layer kept</h2>
 <p>Parts of the picture whose tokens a layer kept are shown as they are; parts whose tokens it dropped are dark.
-Each layer chooses anew, so a token that one layer dropped may be kept by the next.</p>
+Percentages are shares of the visual tokens. Each layer chooses anew, so a token that one layer dropped may be kept by
+the next.</p>
 $kept
 
 <h2>Harder questions keep more tokens?</h2>

@@ -21,7 +21,7 @@ def print_table(
         table.add_column(heading, justify="left" if column < labels else "right", no_wrap=True, vertical="bottom")
     previous: Sequence[str] = ()
     for row in rows:
-        if previous and row[0] != previous[0]:
+        if previous and labels > 1 and row[0] != previous[0]:
             table.add_section()
         repeated = bool(previous) and row[0] == previous[0]
         table.add_row(*(Text("" if repeated and column == 0 else cell) for column, cell in enumerate(row)))
