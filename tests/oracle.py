@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-
 from zipvl_adapters import Stats
 
 
@@ -28,7 +27,7 @@ class Oracle:
     decoded: dict[int, int] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
-        (B, Hq, n, D), m = q.shape, k.shape[2]
+        Hq, n, D, m = *q.shape[1:], k.shape[2]
         k, v = (x.repeat_interleave(Hq // x.shape[1], 1) for x in (k, v))
         alive = self.alive[layer]
         new = m - alive.shape[-1]

@@ -6,7 +6,6 @@ import transformers
 from tiny_models import TEXT, VISION_FAMILIES, inputs_for, tiny
 from torch import nn
 from transformers import DynamicCache
-
 from zipvl_adapters import ATTENTION, Policy, ZipVLCache, ZipVLPolicy, attach, enable
 
 SPARSE = ZipVLPolicy(tau=0.7, num_recent=4, num_random=8)

@@ -1,10 +1,9 @@
-"""Token for token what the unmodified model generates, and logit for logit what an oracle with a full cache computes."""
+"""Token for token what the unmodified model generates; logit for logit what an oracle with a full cache computes."""
 
 import pytest
 import torch
 from oracle import Oracle, alive_of, held_by, judged_by
 from tiny_models import PAD, TEXT_FAMILIES, VISION_FAMILIES, inputs_for, tiny
-
 from zipvl_adapters import ZipVLCache, ZipVLPolicy, attach, enable
 
 FAMILIES = VISION_FAMILIES + TEXT_FAMILIES

@@ -9,7 +9,6 @@ from oracle import held_by
 from tiny_models import TEXT_FAMILIES, VISION_FAMILIES, inputs_for, tiny
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
-
 from zipvl_adapters import ZipVLCache, ZipVLPolicy, attach, enable
 
 DENSE = ZipVLPolicy(tau=1.0)
@@ -211,9 +210,7 @@ def test_a_users_own_4d_mask_is_obeyed_on_true_positions(policy):
 
     def run(cache, masks):
         pieces = zip((slice(0, 16), slice(16, 20), slice(20, 24)), masks, strict=True)
-        return torch.cat(
-            [kind.model(ids[:, p], attention_mask=m, past_key_values=cache).logits for p, m in pieces], 1
-        )
+        return torch.cat([kind.model(ids[:, p], attention_mask=m, past_key_values=cache).logits for p, m in pieces], 1)
 
     masks = [mask[:, :, :16, :16], mask[:, :, 16:20, :20], mask[:, :, 20:, :]]
     with torch.no_grad():

@@ -20,7 +20,7 @@ ATTENTION = "zipvl"
 
 def zipvl_mask(
     batch_size: int,
-    *args: Any,
+    *,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
@@ -43,16 +43,14 @@ def zipvl_mask(
         if padding is None or padding.is_regular:
             mask._zipvl_padding = padding  # type: ignore[attr-defined]
             return mask
-    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(  # type: ignore[no-any-return]
+    return sdpa_mask(
         batch_size,
-        *args,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=q_offset,  # type: ignore[arg-type]
         mask_function=mask_function,
         attention_mask=attention_mask,
-        **kwargs,
+        **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
     )
 
 
@@ -82,7 +80,9 @@ def zipvl_attention(
         raise RuntimeError("training is not supported: call model.eval(), or run under torch.no_grad()")
     with torch.no_grad():
         out = _attend(module, query.detach(), key.detach(), value.detach(), attention_mask, scaling, layer)
-    return _NoBackward.apply(out, query) if query.requires_grad and torch.is_grad_enabled() else out, None
+    if query.requires_grad and torch.is_grad_enabled():
+        out = _NoBackward.apply(out, query)  # type: ignore[no-untyped-call]
+    return out, None
 
 
 class _NoBackward(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ SPARE = 64  # rows that storage grows by when it is full, so that a decode step 
 _ANNOUNCES_DRAFTS = hasattr(Cache, "activate_past_recording")
 
 
-class ZipVLLayer(CacheLayerMixin):
+class ZipVLLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values, as its policy kept them.
 
     Either *compacted*: sequence `b` (and KV head group `g`) holds its tokens in rows `[0, lens[b, g])` of `keys` and
@@ -31,9 +31,9 @@ class ZipVLLayer(CacheLayerMixin):
     positions in the padded batch. seen: tokens seen, padding included. used: host-side bound on `lens`.
     """
 
-    is_sliding: ClassVar[bool] = False
-    is_compileable: ClassVar[bool] = False
-    is_croppable: ClassVar[bool] = True
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
 
     keys: Any
     values: Any
@@ -42,7 +42,7 @@ class ZipVLLayer(CacheLayerMixin):
     anchor: Any
 
     def __init__(self, policy: Policy, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.policy = policy
         self.index = index
         self.reset()
@@ -321,7 +321,7 @@ class ZipVLCache(DynamicCache):
 
     def reset(self) -> None:
         """Back to empty, free for another prompt or model."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.session = None
 
     @property

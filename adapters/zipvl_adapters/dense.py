@@ -30,7 +30,7 @@ def dense_attention(
     if mask is None or mask.ndim == 2:
         mask = _causal_mask(q, k, mask)
     out, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def _causal_mask(q: Tensor, k: Tensor, padding: Tensor | None) -> Tensor | None:
@@ -82,9 +82,7 @@ def _mask_by_position(layer: ZipVLLayer, step: Step) -> Tensor:
         columns = mask.expand(step.q.shape[0], h, n, -1).gather(-1, positions.expand(-1, h, n, -1))
         return columns & held if mask.dtype == torch.bool else columns.masked_fill(~held, -torch.inf)
     rows = torch.arange(layer.seen - n, layer.seen, device=positions.device)[:, None]
-    allowed = held & (positions <= rows)
+    allowed: Tensor = held & (positions <= rows)
     if mask is not None:
-        allowed &= (
-            mask[:, None, None].expand_as(positions[..., :1].expand(-1, -1, -1, mask.shape[-1])).gather(-1, positions)
-        )
+        allowed = allowed & mask[:, None, None].expand(-1, *positions.shape[1:3], -1).gather(-1, positions)
     return allowed

@@ -77,7 +77,7 @@ def visual_boxes(
         raise ValueError(
             f"inputs: the pictures make {len(boxes)} visual tokens and the prompts hold {int(is_image.sum())}"
         )
-    parts = boxes.split(is_image.sum(1).tolist())
+    parts = boxes.split(is_image.sum(1).tolist())  # type: ignore[no-untyped-call]
     return [(row.nonzero()[:, 0], part) for row, part in zip(is_image, parts, strict=True)]
 
 

@@ -41,24 +41,17 @@ def load(
     Raises LoadError.
     """
     source = os.fspath(path_or_id)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise LoadError(f"device: expected one such as cpu or cuda:0, got {device!r}") from error
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     where = {} if revision is None else {"revision": revision}
     has_torchvision = _check_torchvision()
     _check_folder(source)
     config = _load_config(source, where)
     model = _load_model(source, config, dtype, device, where)
-    try:
-        if config.model_type in TEXT_MODELS:
-            return model, AutoTokenizer.from_pretrained(source, **where)
-        if config.model_type in PIL_IMAGE_PROCESSORS and not has_torchvision:
-            return model, PictureProcessor.from_pretrained(source, config, revision)
-        return model, AutoProcessor.from_pretrained(source, **where)
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise LoadError(
-            f"{source}: its processor could not be loaded ({_line(error)}); "
-            "expected the tokenizer and preprocessor files beside the weights"
-        ) from error
+    return model, _load_processor(source, config, has_torchvision, where)
 
 
 def _check_torchvision() -> bool:
@@ -129,6 +122,23 @@ def _load_model(
         return model.to(device).eval()  # type: ignore[no-any-return]
     except Exception as error:
         raise LoadError(f"{source}: cannot be put on {device} ({_line(error)}); choose another device") from error
+
+
+def _load_processor(source: str, config: PreTrainedConfig, has_torchvision: bool, where: dict[str, str]) -> Any:
+    auto: Any = AutoTokenizer if config.model_type in TEXT_MODELS else AutoProcessor
+    try:
+        if config.model_type in PIL_IMAGE_PROCESSORS and not has_torchvision:
+            processor: Any = PictureProcessor.from_pretrained(source, config, **where)
+        else:
+            processor = auto.from_pretrained(source, **where)
+        if len(getattr(processor, "tokenizer", processor)) < 2:  # what transformers makes of missing files
+            raise ValueError("there is no vocabulary")
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise LoadError(
+            f"{source}: its processor could not be loaded ({_line(error)}); "
+            "expected the tokenizer and preprocessor files beside the weights"
+        ) from error
+    return processor
 
 
 def _line(error: BaseException, limit: int = 200) -> str:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from zipvl_adapters import internvl
 from zipvl_adapters.families import IMAGE_BOXES, image_token_id

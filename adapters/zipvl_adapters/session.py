@@ -45,7 +45,7 @@ def attach(model: PreTrainedModel, policy: Policy | None = None) -> Iterator[Ses
     if not isinstance(policy, Policy):
         raise TypeError(f"policy: expected a Policy such as ZipVLPolicy(), got {type(policy).__name__}")
     check_model(model)
-    decoder = model.get_decoder()
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     if decoder in _attached:
         raise RuntimeError(
             "model: attached already; leave the other attach() block first, one policy a model at a time"
@@ -93,14 +93,15 @@ class Session:
             raise TypeError("past_key_values: expected by keyword, got it by position")
         cache = kwargs.get("past_key_values")
         use_cache = kwargs.get("use_cache")
-        if cache is None and not (module.config.use_cache if use_cache is None else use_cache):
+        config: Any = module.config
+        if cache is None and not (config.use_cache if use_cache is None else use_cache):
             return None  # dense: without a cache nothing could be read again
         if isinstance(cache, ZipVLCache):
             self._adopt(cache)
         elif cache is None or _is_plain(cache):
             if cache is not None and cache.get_seq_length():
                 return None  # somebody's dense conversation goes on as it began
-            cache = ZipVLCache(self.policy, config=module.config)
+            cache = ZipVLCache(self.policy, config=config)
             self._adopt(cache)
             kwargs = {**kwargs, "past_key_values": cache}
         elif not isinstance(cache, StaticCache):
@@ -108,7 +109,7 @@ class Session:
                 f"past_key_values: {_describe(cache)} is not supported; pass none, a ZipVLCache or a DynamicCache"
             )
         if self._rows > 1 and isinstance(cache, ZipVLCache):
-            cache.activate_past_recording()
+            cache.activate_past_recording()  # type: ignore[no-untyped-call]
         return args, kwargs
 
     def _adopt(self, cache: ZipVLCache) -> None:

@@ -54,7 +54,7 @@ class Prefill:
             held = sum(past[b]) // len(past[b])
             scored += Hq * sum(held + i - first[b] + 1 for i in probes if first[b] <= i < end[b])
         # Positions in the padded batch, of tokens that at least one group of heads kept.
-        kept = [torch.cat(x).unique() + self.start for x in rows]
+        kept = [torch.cat(x).unique() + self.start for x in rows]  # type: ignore[no-untyped-call]
         return Counted(seen, kept, 4 * D * pairs + 2 * D * scored, 4 * D * dense)
 
 
