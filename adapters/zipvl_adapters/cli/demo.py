@@ -58,6 +58,7 @@ def demo(
         for name, folder in assets.models.items():
             reporter.say(f"{name}: loading")
             model, processor = open_model(str(folder), device=chosen)
+            reporter.say(f"{name}: example pictures")
             # The first call pays for lazy initialisation: it is not timed.
             examples += [example(name, processor, model, questions[task][0], policy) for task in pictured]
             batch = default_batch(chosen)
