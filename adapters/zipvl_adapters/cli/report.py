@@ -20,7 +20,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .5rem; }
 p { max-width: 46rem; margin: .5rem 0; }
 .lead { font-size: 1.1rem; }
-.soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 1rem; margin: 1.5rem 0; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.2rem; }
 h3 { margin: 1.6rem 0 .6rem; font-size: 1rem; }
@@ -30,7 +30,7 @@ h3 { margin: 1.6rem 0 .6rem; font-size: 1rem; }
 dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
-caption { caption-side: bottom; text-align: left; padding-top: .6rem; max-width: 46rem; }
+ul { max-width: 46rem; padding-left: 1.2rem; }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { background: var(--fill); vertical-align: bottom; font-weight: 600; }
 th.name, td.name { text-align: left; }
@@ -58,6 +58,7 @@ _PAGE = Template("""<!doctype html>
 
 <h2>Accuracy, memory and work</h2>
 <div class="wide">$table</div>
+<ul class="soft">$notes</ul>
 
 <h2>Which visual tokens each layer kept</h2>
 <p>Parts of the picture whose tokens a layer kept are shown as they are; parts whose tokens it dropped are dark.
@@ -69,9 +70,6 @@ $kept
 <p>ZipVL sets the number of tokens in every layer from the attention itself. The plot shows the share kept per layer for
 an easy and a hard task.</p>
 $layers
-
-<h2>How to read the numbers</h2>
-<ul>$notes</ul>
 
 <h2>Settings and versions</h2>
 $facts
@@ -113,7 +111,7 @@ def _lead(totals: Sequence[tuple[Score, Score]], tau: float) -> str:
 
     questions = totals[0][0].questions
     return (
-        f"{len(totals)} models answered {questions} held-out questions each, dense and with ZipVL at tau = {tau:g}. "
+        f"{len(totals)} models answered {questions} held-out questions each, dense and with ZipVL at tau\u00a0=\u00a0{tau:g}. "
         f"ZipVL kept {mean([zipvl.kept_ratio for _, zipvl in totals])} of the tokens and answered "
         f"{mean([zipvl.accuracy for _, zipvl in totals])} of the questions right; the dense models, which keep every "
         f"token, {mean([dense.accuracy for dense, _ in totals])}."
