@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from zipvl_reference.sparse_attention import fp32_copy
+
 
 def decode_attention(
     q: Tensor,  # [B, Hq, M, D]
@@ -27,9 +29,9 @@ def decode_attention(
         for b in range(B):  # one sequence at a time: the same bits alone or in a batch
             used = seqused_k.view(B, -1)[b].view(-1, 1, 1, 1)  # [1 or Hkv, 1, 1, 1]
             at = used - M + row  # the column that each query row stands at, [., 1, M, 1]
-            scores = q[b].float().view(Hkv, -1, M, D) @ k[b].float().mT[:, None] * scale
+            scores = fp32_copy(q[b]).view(Hkv, -1, M, D) @ fp32_copy(k[b]).mT[:, None] * scale
             scores = scores.masked_fill(column > at, -torch.inf)
-            V = torch.where((column < used)[:, 0].mT, v[b], 0).float()  # 0 * NaN of an unused row is NaN
+            V = fp32_copy(torch.where((column < used)[:, 0].mT, v[b], 0))  # 0 * NaN of an unused row is NaN
             attended = torch.where(at >= 0, torch.softmax(scores, -1) @ V[:, None], 0)
             out[b] = attended.view(Hq, M, D).to(q.dtype)
             lse[b] = torch.logsumexp(scores, -1).view(Hq, M)

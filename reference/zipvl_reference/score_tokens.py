@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from zipvl_reference.sparse_attention import fp32_copy
+
 TILE = 4096  # key columns scored at a time, so that no P x N score matrix is ever stored
 
 
@@ -49,12 +51,12 @@ def _column_sums(
 ) -> tuple[Tensor, Tensor]:
     """For one sequence: the attention each column gets, per KV head `[Hkv, N]`, and how many probes see it `[N]`."""
     (Hq, P, D), (Hkv, N, _) = probes.shape, k.shape
-    Q = probes.float().reshape(Hkv, -1, D)  # query heads that read the same KV head side by side
+    Q = fp32_copy(probes).view(Hkv, -1, D)  # query heads that read the same KV head side by side
 
     def tile(begin: int) -> tuple[Tensor, Tensor]:
         column = torch.arange(begin, min(begin + TILE, N), device=k.device)
         sees = (column >= first) & (column <= sees_up_to[:, None])  # [P, tile]
-        scores = Q @ k[:, begin : begin + TILE].float().mT * scale
+        scores = Q @ fp32_copy(k[:, begin : begin + TILE]).mT * scale
         return scores.view(Hkv, Hq // Hkv, P, -1).masked_fill(~sees, -torch.inf), sees
 
     # A_P = softmax(Q_P K^T / sqrt(d)), causal: its row maxima and row sums ...

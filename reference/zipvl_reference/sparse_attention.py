@@ -39,11 +39,16 @@ def sparse_attention(
             if not kv_compacted:
                 K, V = K.index_select(0, T.clamp(0, N - 1)), V.index_select(0, T.clamp(0, N - 1))
             held = torch.arange(K.shape[0], device=q.device)
-            V = torch.where((held < counts[b, g])[:, None], V, 0).float()  # 0 * NaN of a row past the set is NaN
+            K, V = fp32_copy(K), fp32_copy(torch.where((held < counts[b, g])[:, None], V, 0))  # 0 * NaN would be NaN
             for begin in range(0, M, ROWS):
                 rows = slice(begin, begin + ROWS)
-                scores = q[b, heads, rows].float() @ K.float().mT * scale
+                scores = fp32_copy(q[b, heads, rows]) @ K.mT * scale
                 scores = scores.masked_fill(held >= seen[rows, None], -torch.inf)
                 attended = torch.softmax(scores, -1) @ V
                 out[b, heads, rows] = torch.where(in_set[rows, None], attended, 0).to(q.dtype)
     return out
+
+
+def fp32_copy(x: Tensor) -> Tensor:
+    """Contiguous, in fresh memory: a matrix product may round differently at other strides and addresses."""
+    return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
