@@ -324,6 +324,11 @@ class ZipVLCache(DynamicCache):
         super().reset()  # type: ignore[no-untyped-call]
         self.session = None
 
+    def activate_past_recording(self) -> None:
+        """Drafts will come (see the layers'); older transformers have no such method."""
+        for layer in self.layers:
+            layer.activate_past_recording()
+
     @property
     def nbytes(self) -> int:
         """Bytes of the storage that all layers hold now."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,7 +49,7 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     where = {} if revision is None else {"revision": revision}
     has_torchvision = _check_torchvision()
-    _check_folder(source)
+    _check_source(source, revision)
     config = _load_config(source, where)
     model = _load_model(source, config, dtype, device, where)
     return model, _load_processor(source, config, has_torchvision, where)
@@ -68,7 +69,8 @@ def _check_torchvision() -> bool:
     return True
 
 
-def _check_folder(source: str) -> None:
+def _check_source(source: str, revision: str | None) -> None:
+    """That there is something to load; transformers itself would try an unreachable hub for half a minute."""
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -77,17 +79,20 @@ def _check_folder(source: str) -> None:
         raise LoadError(f"{source}: expected a folder with a saved model, or an id on the hub; got a file")
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise LoadError(f"{source}: no such folder; expected a folder with a saved model, or an id like org/name")
+    elif not isinstance(try_to_load_from_cache(source, "config.json", revision=revision), str):
+        try:
+            HfApi().model_info(source, revision=revision, timeout=10)
+        except Exception as error:
+            raise LoadError(
+                f"{source}: no such folder, and the hub does not give it either ({_line(error)}); "
+                "check the id, the network, and `hf auth login` for gated models"
+            ) from error
 
 
 def _load_config(source: str, where: dict[str, str]) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, **where)
     except Exception as error:
-        if not Path(source).expanduser().is_dir():
-            raise LoadError(
-                f"{source}: no such folder, and the hub does not give it either ({_line(error)}); "
-                "check the id, the network, and `hf auth login` for gated models"
-            ) from error
         raise LoadError(f"{source}: its config.json cannot be used ({_line(error)}); check the file") from error
     if config.model_type not in (*IMAGE_BOXES, *TEXT_MODELS):
         raise LoadError(

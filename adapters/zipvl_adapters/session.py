@@ -109,7 +109,7 @@ class Session:
                 f"past_key_values: {_describe(cache)} is not supported; pass none, a ZipVLCache or a DynamicCache"
             )
         if self._rows > 1 and isinstance(cache, ZipVLCache):
-            cache.activate_past_recording()  # type: ignore[no-untyped-call]
+            cache.activate_past_recording()
         return args, kwargs
 
     def _adopt(self, cache: ZipVLCache) -> None:
