@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import held_by
 from tiny_models import TEXT_FAMILIES, VISION_FAMILIES, inputs_for, tiny
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 from zipvl_adapters import ZipVLCache, ZipVLPolicy, attach, enable
 
@@ -369,3 +369,58 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch():
             kind.model(**{name: value[row : row + 1] for name, value in inputs.items()})
             for one, all_three in zip(session.stats.layers[:1], together.layers, strict=False):
                 assert torch.equal(one.kept_positions[0], all_three.kept_positions[row])
+
+
+def test_a_compiled_static_cache_is_one_graph_and_equals_the_model():
+    """generate()'s own compilation of the decode step: our dense fallback must not break its graph."""
+    kind = tiny("llama")
+    inputs = inputs_for(kind, (19, 5))
+    stock = generate(kind, inputs, do_sample=False)
+    once = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    once._compile_all_devices = True
+    with attach(kind.model, DENSE):
+        out = generate(kind, inputs, do_sample=False, cache_implementation="static", compile_config=once)
+    assert torch.equal(out, stock)
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_generating_from_embeddings(family):
+    kind = tiny(family)
+    inputs = inputs_for(kind, (19, 5))
+    inputs["inputs_embeds"] = kind.model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    inputs.pop("pixel_values", None)
+    stock = generate(kind, inputs, do_sample=False)
+    with attach(kind.model, DENSE) as session:
+        assert torch.equal(generate(kind, inputs, do_sample=False), stock)
+    assert session.cache.get_seq_length() == inputs["inputs_embeds"].shape[1] + 9
+
+
+def test_a_cache_made_under_inference_mode_goes_on_outside_it():
+    kind = tiny("llama")
+    ids = inputs_for(kind, (40,))["input_ids"]
+    enable(kind.model)
+    inside, outside = (ZipVLCache(SPARSE, config=kind.model.config) for _ in range(2))
+    with torch.inference_mode():
+        kind.model(ids, past_key_values=inside)
+    with torch.no_grad():
+        kind.model(ids, past_key_values=outside)
+        one = torch.tensor([[20]])
+        torch.testing.assert_close(
+            kind.model(one, past_key_values=inside).logits, kind.model(one, past_key_values=outside).logits
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_decode_step_never_waits_for_the_device():
+    kind = tiny("llama")
+    kind.model.cuda()
+    ids = inputs_for(kind, (40,))["input_ids"].cuda()
+    with attach(kind.model, SPARSE), torch.no_grad():
+        out = kind.model(ids)
+        one = ids[:, :1]
+        kind.model(one, past_key_values=out.past_key_values)  # the first step may compile kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            kind.model(one, past_key_values=out.past_key_values)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
