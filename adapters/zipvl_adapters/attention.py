@@ -105,8 +105,8 @@ def _attend(
     layer.begin(module, n)
     prefill = n > 1 or not past
     step = Step(module, q, k, v, mask, _padding(mask, n) if prefill else None, scale)
-    given = mask is not None and mask.ndim == 4
-    if given or layer.is_complete or layer.by_mask or (past and prefill and layer.record_past):
+    layer.by_mask |= mask is not None and mask.ndim == 4
+    if layer.by_mask or (past and prefill and layer.record_past):
         return append_and_attend(layer, step)
     if prefill:
         out = layer.policy.prefill(layer, step)

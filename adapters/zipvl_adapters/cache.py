@@ -165,7 +165,7 @@ class ZipVLLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         n = k.shape[2]
         self._grow(n)
         at = self.lens[:, :, None].long() + torch.arange(n, device=k.device)  # [B, G, n]
-        rows = at.repeat_interleave(k.shape[1] // at.shape[1], 1)[..., None].expand_as(k)
+        rows = at[..., None].expand_as(k)  # G is 1 or Hkv
         self.keys.scatter_(2, rows, k)
         self.values.scatter_(2, rows, v)
         positions = torch.arange(self.seen - n, self.seen, dtype=torch.int32, device=k.device)

@@ -56,7 +56,6 @@ def append_and_attend(layer: ZipVLLayer, step: Step) -> Tensor:
     n = step.q.shape[2]
     layer.append(step.k, step.v)
     layer.mark()
-    layer.by_mask |= step.mask is not None and step.mask.ndim == 4
     if not layer.by_mask and step.padding is None and n <= DECODE_ROWS:
         out = zk.decode_attention(step.q, layer.keys, layer.values, layer.seqused_k, scale=step.scale)
         return out.transpose(1, 2).contiguous()
@@ -69,8 +68,8 @@ def _mask_by_position(layer: ZipVLLayer, step: Step) -> Tensor:
     heads, n = step.q.shape[1], step.q.shape[2]
     positions = layer.positions[:, :, : layer.used].long()  # [B, G, used]
     held = torch.arange(layer.used, device=positions.device) < layer.lens[:, :, None]
-    if positions.shape[1] > 1:
-        positions, held = (x.repeat_interleave(heads // x.shape[1], 1) for x in (positions, held))
+    if layer.groups > 1:
+        positions, held = (x.repeat_interleave(heads // layer.groups, 1) for x in (positions, held))
     positions, held = positions.masked_fill(~held, 0)[:, :, None], held[:, :, None]  # [B, 1 or Hq, 1, used]
     mask = step.mask
     if mask is not None and mask.ndim == 4:

@@ -79,7 +79,9 @@ class Policy:
         """Called when `prefill` has stored its tokens."""
 
     def decode(self, layer: ZipVLLayer, step: Step) -> Tensor:
-        """Attention output `[B, 1, Hq, D]` of one new row over a compacted layer, which the row joins."""
+        """Attention output `[B, 1, Hq, D]` of one new row over what the layer holds, which the row joins."""
+        if layer.is_complete:
+            return append_and_attend(layer, step)
         layer.append(step.k, step.v, valid=None if step.mask is None else step.mask[:, -1:])
         out = zk.decode_attention(step.q, layer.keys, layer.values, layer.seqused_k, scale=step.scale)
         return out.transpose(1, 2).contiguous()
@@ -146,7 +148,7 @@ class ZipVLPolicy(Policy):
         return zk.probe_rows(n, num_recent=self.num_recent, num_random=self.num_random, seed=seed, device=device)
 
     def prefill(self, layer: ZipVLLayer, step: Step) -> Tensor:
-        if self.keeps_all or layer.is_complete:
+        if self.keeps_all:
             return append_and_attend(layer, step)
         # While drafts are verified, every row of the prompt's end may be asked for its logits.
         keep_recent = max(self.keep_recent, self.num_recent) if layer.record_past else self.keep_recent
