@@ -61,12 +61,13 @@ def test_every_row_of_a_prefill_equals_the_oracle(family):
     torch.testing.assert_close(sparse, full, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("second", [37, 12], ids=["padded", "starts_in_a_later_chunk"])
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_turns_and_chunks_equal_the_oracle(family, pool):
+def test_turns_and_chunks_equal_the_oracle(family, pool, second):
     """Prompt, two tokens, a second turn, two tokens: new rows see the compacted past and what is kept of the new."""
     kind = tiny(family)
-    ids = inputs_for(kind, (50, 37, 44), seed=3)["input_ids"]
+    ids = inputs_for(kind, (50, second, 44), seed=3)["input_ids"]
     mask = (ids != PAD).long()
     policy = ZipVLPolicy(tau=0.7, num_recent=4, num_random=8, pool=pool)
     pieces = [slice(0, 30), slice(30, 31), slice(31, 32), slice(32, 48), slice(48, 49), slice(49, ids.shape[1])]

@@ -50,12 +50,14 @@ def test_modes_when_sparse_are_reproducible(mode):
         assert torch.equal(generate(kind, inputs, **MODES[mode]), first)
 
 
-def test_beams_of_a_padded_batch_equal_beams_alone():
+@pytest.mark.parametrize("pool", ["layer", "kv_head"])
+def test_beams_of_a_padded_batch_equal_beams_alone(pool):
     """Beams are reordered between sequences of different lengths: the cache has to follow them."""
     kind = tiny("llama")
     inputs = inputs_for(kind, (40, 25))
     # Random probes are drawn among the padded rows: without them, padding changes nothing.
-    with attach(kind.model, ZipVLPolicy(tau=0.7, num_recent=8, num_random=0)):
+    policy = ZipVLPolicy(tau=0.7, num_recent=8, num_random=0, recompress_interval=4, pool=pool)
+    with attach(kind.model, policy):
         beams = generate(kind, inputs, num_beams=3, do_sample=False)
         for row, length in enumerate((42, 27)):
             alone = generate(kind, _row(inputs, row), num_beams=3, do_sample=False)
