@@ -11,27 +11,22 @@ MAX_DECODE_ROWS = 16
 
 def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """`q [B, Hq, M, D]` with `k, v [B, Hkv, N, D]`: one dtype and device, `Hq % Hkv == 0`, last dim contiguous."""
-    _heads("q", q, q)
+    _heads("q", q, "q", q)
     B, Hq, _, D = q.shape
-    if Hq < 1 or D < 1:
-        raise ValueError(f"q: expected at least one head and a head dim of at least 1, got shape {_shape(q)}")
-    _heads("k", k, q)
+    _heads("k", k, "q", q)
     Hkv = k.shape[1]
     if k.shape[0] != B or k.shape[3] != D:
         raise ValueError(f"k: expected [B, Hkv, N, D] with B = {B} and D = {D} as in q, got shape {_shape(k)}")
-    if Hkv < 1 or Hq % Hkv:
-        raise ValueError(
-            f"k: expected a number of heads that divides the {Hq} heads of q, got {Hkv} (shape {_shape(k)})"
-        )
+    if Hq % Hkv:
+        raise ValueError(f"k: expected a number of heads that divides the {Hq} heads of q, got {Hkv} ({_shape(k)})")
     if v is not None:
-        _heads("v", v, q)
-        if v.shape != k.shape:
-            raise ValueError(f"v: expected the shape of k, {_shape(k)}, got {_shape(v)}")
+        _same_as_k(v, k)
 
 
 def pair_in_place(k: Tensor, v: Tensor) -> None:
     """`k` and `v` that are to be written: two buffers `[B, Hkv, N, D]`, neither broadcast."""
-    heads(q=k, k=k, v=v)
+    _heads("k", k, "k", k)
+    _same_as_k(v, k)
     if k is v:
         raise ValueError("v: expected a buffer of its own, got the same tensor as k")
     for name, x in (("k", k), ("v", v)):
@@ -156,19 +151,27 @@ def decode_rows(q: Tensor) -> None:
         raise ValueError(f"q: expected at most {MAX_DECODE_ROWS} query rows (M), got shape {_shape(q)}")
 
 
-def _heads(name: str, x: Tensor, q: Tensor) -> None:
-    """A float tensor of rank 4 with a contiguous last dim, and dtype and device of `q`."""
+def _heads(name: str, x: Tensor, other: str, like: Tensor) -> None:
+    """A float tensor of rank 4 with a contiguous last dim, and dtype and device of `like`, which is named `other`."""
     _tensor(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name}: expected [batch, heads, rows, head dim], got shape {_shape(x)}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {x.dtype}")
-    if x.dtype != q.dtype:
-        raise TypeError(f"{name}: expected {q.dtype} as q, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected a tensor on {q.device} like q, got one on {x.device}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype} like {other}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} like {other}, got one on {x.device}")
+    if x.shape[1] < 1 or x.shape[3] < 1:
+        raise ValueError(f"{name}: expected at least one head and a head dim of at least 1, got shape {_shape(x)}")
     if x.stride(3) != 1 and x.shape[3] > 1:
         raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()} for shape {_shape(x)}")
+
+
+def _same_as_k(v: Tensor, k: Tensor) -> None:
+    _heads("v", v, "k", k)
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected the shape of k, {_shape(k)}, got {_shape(v)}")
 
 
 def _tensor(name: str, x: object) -> None:

@@ -25,7 +25,7 @@ def score_tokens(
     heads = Hq if pool == "layer" else Hq // Hkv  # that share a group
     accumulated = torch.zeros(B, Hq // heads, N, dtype=torch.float32, device=q.device)
     normalized = torch.zeros_like(accumulated)
-    if M == 0 or probe_rows.shape[-1] == 0:
+    if M == 0 or N == 0 or probe_rows.shape[-1] == 0:
         return accumulated, normalized
 
     for b, row in enumerate(probe_rows.expand(B, -1)):  # one sequence at a time: the same bits alone or in a batch

@@ -1,0 +1,123 @@
+"""`compact_kv_`: the property check, examples, errors, registration."""
+
+import importlib
+
+import pytest
+import torch
+import zipvl_reference
+from zipvl_reference.testing import check_compact_kv
+
+import zipvl_kernels as zk
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tensors(B=2, Hkv=2, N=9, D=4, dtype=torch.float32):
+    k = torch.arange(B * Hkv * N * D).view(B, Hkv, N, D).to(dtype)
+    indices = torch.full((B, 1, N), -1, dtype=torch.int32)
+    indices[..., : min(3, N)] = torch.tensor([2, 4, 8], dtype=torch.int32)[: min(3, N)]
+    return k, -k, indices, torch.full((B, 1), min(3, N), dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
+def test_contract(package, dtype):
+    check_compact_kv(package.compact_kv_, dtype=dtype, derandomize=True)
+
+
+def test_contract_over_several_chunks(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("zipvl_reference.compact_kv"), "ROWS", 5)
+    check_compact_kv(zk.compact_kv_, derandomize=True)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_rows_move_in_place(start):
+    k, v, indices, counts = tensors()
+    before, address = k.clone(), k.data_ptr()
+    dst_start = torch.full((2,), start, dtype=torch.int32)
+    assert zk.compact_kv_(k, v, indices, counts, dst_start=dst_start) is None
+    assert k.data_ptr() == address
+    assert torch.equal(k[:, :, start : start + 3], before[:, :, [2, 4, 8]])
+    assert torch.equal(v[:, :, start : start + 3], -before[:, :, [2, 4, 8]])
+    assert torch.equal(k[:, :, :start], before[:, :, :start])
+
+
+def test_whole_set_at_the_end_of_the_buffer():
+    k, v, indices, counts = tensors()
+    before = k.clone()
+    indices[..., :3] = torch.tensor([6, 7, 8])
+    zk.compact_kv_(k, v, indices, counts, dst_start=torch.tensor([6, 5], dtype=torch.int32))
+    assert torch.equal(k[0], before[0])
+    assert torch.equal(k[1, :, 5:8], before[1, :, 6:9])
+
+
+def test_keys_and_values_interleaved_in_one_buffer():
+    buffer = torch.randn(2, 9, 2, 2, 4)
+    k, v = (buffer[:, :, i].transpose(1, 2) for i in range(2))
+    before = k.clone(), v.clone()
+    zk.compact_kv_(k, v, *tensors()[2:])
+    assert torch.equal(k[:, :, :3], before[0][:, :, [2, 4, 8]])
+    assert torch.equal(v[:, :, :3], before[1][:, :, [2, 4, 8]])
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"N": 0}])
+def test_empty(sizes):
+    zk.compact_kv_(*tensors(**sizes))
+
+
+def test_catches_a_copy_in_the_wrong_order():
+    def backwards(k, v, indices, counts, *, dst_start=None):
+        start = torch.zeros(k.shape[0], dtype=torch.int32) if dst_start is None else dst_start
+        for b in range(k.shape[0]):
+            for h in range(k.shape[1]):
+                for i in reversed(range(int(counts[b, h % indices.shape[1]]))):
+                    source = int(indices[b, h % indices.shape[1], i])
+                    for x in (k, v):
+                        x[b, h, int(start[b]) + i] = x[b, h, source].clone()
+
+    with pytest.raises(AssertionError, match="the set"):
+        check_compact_kv(backwards, derandomize=True)
+
+
+k, v, indices, counts = tensors()
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changed"),
+    [
+        (ValueError, r"k: .*\[2, 9, 4\]", {"k": k[0]}),
+        (TypeError, "k: .*int64", {"k": k.long()}),
+        (ValueError, r"v: .*shape of k.*\[2, 2, 8, 4\]", {"v": v[:, :, 1:]}),
+        (ValueError, "v: .*buffer of its own", {"v": k}),
+        (ValueError, "v: .*expanded", {"v": v[:, :1].expand(2, 2, 9, 4)}),
+        (TypeError, "indices: .*int32.*int64", {"indices": indices.long()}),
+        (ValueError, r"indices: .*\[2, 1, 9\].*\[2, 1, 3\]", {"indices": indices[..., :3]}),
+        (ValueError, r"counts: .*\[2, 1\].*\[2, 2\]", {"counts": counts.expand(2, 2)}),
+        (TypeError, "dst_start: .*int", {"dst_start": 0}),
+        (ValueError, "dst_start: .*meta", {"dst_start": torch.zeros(2, dtype=torch.int32, device="meta")}),
+        (RuntimeError, "backend='cuda'.*compact_kv_", {"backend": "cuda"}),
+    ],
+)
+def test_errors_before_anything_is_written(error, match, changed):
+    arguments = {"k": k, "v": v, "indices": indices, "counts": counts, **changed}
+    before = k.clone(), v.clone()
+    with pytest.raises(error, match=match):
+        zk.compact_kv_(**arguments)
+    assert torch.equal(k, before[0])
+    assert torch.equal(v, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_registration(dtype):
+    arguments = (*tensors(dtype=dtype), torch.ones(2, dtype=torch.int32), "auto")
+    torch.library.opcheck(torch.ops.zipvl.compact_kv_.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles(backend):
+    compiled = torch.compile(zk.compact_kv_, fullgraph=True, backend=backend)
+    a, b = tensors(), tensors()
+    compiled(*a)
+    zk.compact_kv_(*b)
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1], b[1])

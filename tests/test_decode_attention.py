@@ -1,0 +1,115 @@
+"""`decode_attention`: the property check, examples, errors, registration."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zipvl_reference
+from zipvl_reference.testing import check_decode_attention
+
+import zipvl_kernels as zk
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tensors(B=2, Hq=4, Hkv=2, M=2, N=9, D=8, dtype=torch.float32):
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(B, Hq, M, D, generator=random).to(dtype)
+    k, v = (torch.randn(B, Hkv, N, D, generator=random).to(dtype) for _ in range(2))
+    return q, k, v, torch.full((B,), N, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
+def test_contract(package, dtype):
+    check_decode_attention(package.decode_attention, dtype=dtype, derandomize=True)
+
+
+def test_last_rows_of_dense_attention():
+    q, k, v, used = tensors(M=9)
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(zk.decode_attention(q[:, :, -3:], k, v, used), dense[:, :, -3:])
+
+
+def test_used_length_per_sequence_and_per_head():
+    q, k, v, _ = tensors(M=1)
+    used = torch.tensor([4, 7], dtype=torch.int32)
+    out = zk.decode_attention(q, k, v, used)
+    for b, length in enumerate((4, 7)):
+        dense = F.scaled_dot_product_attention(q[b], k[b, :, :length], v[b, :, :length], enable_gqa=True)
+        torch.testing.assert_close(out[b], dense)
+    assert torch.equal(out, zk.decode_attention(q, k, v, used[:, None].expand(2, 2)))
+
+
+def test_empty_cache_gives_zeros():
+    q, k, v, _ = tensors()
+    out, lse = zk.decode_attention(q, k, v, torch.tensor([0, 1], dtype=torch.int32), return_lse=True)
+    assert not out[0].any()
+    assert lse[0].isneginf().all()
+    assert not out[1, :, 0].any()
+    assert lse[1, :, 0].isneginf().all()
+    torch.testing.assert_close(out[1, :, 1], v[1, :, 0].repeat_interleave(2, 0))
+
+
+def test_partial_results_merge_by_lse():
+    q, k, v, used = tensors(M=1)
+    out, lse = zk.decode_attention(q, k, v, used, return_lse=True)
+    near, near_lse = zk.decode_attention(q, k[:, :, :4], v[:, :, :4], used - 5, return_lse=True)
+    far, far_lse = zk.decode_attention(q, k[:, :, 4:], v[:, :, 4:], used - 4, return_lse=True)
+    torch.testing.assert_close(torch.logaddexp(near_lse, far_lse), lse)
+    merged = near * (near_lse - lse).exp()[..., None] + far * (far_lse - lse).exp()[..., None]
+    torch.testing.assert_close(merged, out)
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"M": 0}, {"N": 0}])
+def test_empty(sizes):
+    q, k, v, used = tensors(**sizes)
+    out, lse = zk.decode_attention(q, k, v, used, return_lse=True)
+    assert out.shape == q.shape
+    assert not out.any()
+    assert lse.shape == q.shape[:3]
+    assert lse.isneginf().all()
+
+
+def test_catches_a_row_too_many():
+    def reads_one_more(q, k, v, seqused_k, **options):
+        return zipvl_reference.decode_attention(q, k, v, (seqused_k + 1).clamp(max=k.shape[2]), **options)
+
+    with pytest.raises(AssertionError, match=r"out|lse"):
+        check_decode_attention(reads_one_more, derandomize=True)
+
+
+q, k, v, used = tensors()
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changed"),
+    [
+        (ValueError, r"q: expected at most 16 query rows.*\[2, 4, 17, 8\]", {"q": torch.zeros(2, 4, 17, 8)}),
+        (ValueError, r"v: .*shape of k", {"v": v[..., :4]}),
+        (TypeError, "seqused_k: .*Tensor.*NoneType", {"seqused_k": None}),
+        (TypeError, "seqused_k: .*int32.*int64", {"seqused_k": used.long()}),
+        (ValueError, r"seqused_k: .*\[2\] or \[2, 2\].*\[2, 4\]", {"seqused_k": used[:, None].expand(2, 4)}),
+        (TypeError, "scale: .*True", {"scale": True}),
+        (RuntimeError, "backend='triton'.*decode_attention", {"backend": "triton"}),
+    ],
+)
+def test_errors(error, match, changed):
+    with pytest.raises(error, match=match):
+        zk.decode_attention(**{"q": q, "k": k, "v": v, "seqused_k": used, **changed})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_registration(dtype):
+    arguments = (*tensors(dtype=dtype), None, "auto")
+    torch.library.opcheck(torch.ops.zipvl.decode_attention.default, arguments)
+    torch.library.opcheck(torch.ops.zipvl.decode_attention_lse.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles(backend):
+    compiled = torch.compile(zk.decode_attention, fullgraph=True, backend=backend)
+    arguments = tensors()
+    assert torch.equal(compiled(*arguments), zk.decode_attention(*arguments))
+    wanted = zk.decode_attention(*arguments, return_lse=True)
+    for got, want in zip(compiled(*arguments, return_lse=True), wanted, strict=True):
+        assert torch.equal(got, want)

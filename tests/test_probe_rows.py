@@ -1,0 +1,83 @@
+"""`probe_rows`: the property check, examples, errors, registration."""
+
+import pytest
+import torch
+import zipvl_reference
+from zipvl_reference.testing import check_probe_rows
+
+import zipvl_kernels as zk
+
+
+@pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
+def test_contract(package):
+    check_probe_rows(package.probe_rows, derandomize=True)
+
+
+def test_defaults():
+    rows = zk.probe_rows(1000)
+    assert rows.shape == (128,)
+    assert rows[-64:].tolist() == list(range(936, 1000))
+    assert int(rows[63]) < 936
+
+
+def test_seeds_differ():
+    drawn = {tuple(zk.probe_rows(1000, seed=seed).tolist()) for seed in range(20)}
+    assert len(drawn) == 20
+    overlap = set(zk.probe_rows(1000, seed=2).tolist()[:64]) & set(zk.probe_rows(1000, seed=3).tolist()[:64])
+    assert len(overlap) < 20  # 4.4 expected of 64 drawn from 936
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63 - 1, -(2**63)])
+def test_any_seed(seed):
+    assert zk.probe_rows(200, seed=seed).shape == (128,)
+
+
+def test_last_row_is_a_probe_without_recent_ones():
+    assert zk.probe_rows(100, num_recent=0, num_random=3)[-1] == 99
+
+
+def test_few_rows():
+    assert zk.probe_rows(5).tolist() == [0, 1, 2, 3, 4]
+    assert zk.probe_rows(0).shape == (0,)
+    assert zk.probe_rows(1, num_random=0).tolist() == [0]
+
+
+def test_catches_a_biased_draw():
+    def first_rows(num_rows, *, num_recent=64, num_random=64, seed=0, device=None):
+        recent = min(num_rows, max(num_recent, 1))
+        random = min(num_rows - recent, num_recent + num_random - recent)
+        return torch.cat([torch.arange(random), torch.arange(num_rows - recent, num_rows)]).int()
+
+    with pytest.raises(AssertionError, match="about 100 times"):
+        check_probe_rows(first_rows, derandomize=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"),
+    [
+        (ValueError, "num_rows.*-1", {"num_rows": -1}),
+        (TypeError, "num_rows.*2.5", {"num_rows": 2.5}),
+        (ValueError, "num_recent.*-1", {"num_rows": 8, "num_recent": -1}),
+        (ValueError, "num_random.*-3", {"num_rows": 8, "num_random": -3}),
+        (TypeError, "num_random.*True", {"num_rows": 8, "num_random": True}),
+        (ValueError, "at least one probe", {"num_rows": 8, "num_recent": 0, "num_random": 0}),
+        (TypeError, "seed.*'a'", {"num_rows": 8, "seed": "a"}),
+    ],
+)
+def test_errors(error, match, arguments):
+    with pytest.raises(error, match=match):
+        zk.probe_rows(**arguments)
+
+
+def test_registration():
+    torch.library.opcheck(torch.ops.zipvl.probe_rows.default, (50, 8, 8, 3, torch.device("cpu")))
+
+
+def test_compiles():
+    def rows_of(x):
+        return zk.probe_rows(x.shape[0], num_recent=4, num_random=4, seed=5, device=x.device)
+
+    compiled = torch.compile(rows_of, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (6, 30, 90):
+        x = torch.zeros(rows)
+        assert torch.equal(compiled(x), rows_of(x))

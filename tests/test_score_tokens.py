@@ -1,0 +1,141 @@
+"""`score_tokens`: the property check, examples, errors, registration."""
+
+import importlib
+
+import pytest
+import torch
+import zipvl_reference
+from zipvl_reference.testing import check_score_tokens
+
+import zipvl_kernels as zk
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tensors(B=2, Hq=4, Hkv=2, M=6, N=9, D=8, dtype=torch.float32):
+    random = torch.Generator().manual_seed(0)
+    q, k = torch.randn(B, Hq, M, D, generator=random), torch.randn(B, Hkv, N, D, generator=random)
+    return q.to(dtype), k.to(dtype), torch.tensor([1, M - 1], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
+def test_contract(package, dtype):
+    check_score_tokens(package.score_tokens, dtype=dtype, derandomize=True)
+
+
+def test_contract_over_several_tiles(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("zipvl_reference.score_tokens"), "TILE", 5)
+    check_score_tokens(zk.score_tokens, derandomize=True)
+
+
+def test_by_hand():
+    # One head, equal keys: probe 1 spreads over columns 0-1, probe 3 over columns 0-3.
+    q, k = torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2)
+    accumulated, normalized = zk.score_tokens(q, k, torch.tensor([1, 3], dtype=torch.int32))
+    assert accumulated[0, 0].tolist() == [0.75, 0.75, 0.25, 0.25]
+    assert normalized[0, 0].tolist() == [0.375, 0.375, 0.25, 0.25]
+
+
+def test_probe_on_padding_contributes_nothing():
+    q, k = torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2)
+    leftpad = torch.tensor([2], dtype=torch.int32)
+    accumulated, normalized = zk.score_tokens(q, k, torch.tensor([1, 3], dtype=torch.int32), leftpad_k=leftpad)
+    assert accumulated[0, 0].tolist() == normalized[0, 0].tolist() == [0, 0, 0.5, 0.5]
+
+
+def test_accumulated_sums_to_probes_times_heads():
+    q, k, rows = tensors(N=200, M=200)
+    accumulated, _ = zk.score_tokens(q, k, rows)
+    torch.testing.assert_close(accumulated.sum(-1), torch.full((2, 1), 8.0))
+    accumulated, _ = zk.score_tokens(q, k, rows, pool="kv_head")
+    torch.testing.assert_close(accumulated.sum(-1), torch.full((2, 2), 4.0))
+
+
+def test_autocast_does_not_lower_precision():
+    q, k, rows = tensors()
+    wanted = zk.score_tokens(q, k, rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(zk.score_tokens(q, k, rows)[0], wanted[0])
+
+
+def test_no_gradient():
+    q, k, rows = tensors()
+    assert not zk.score_tokens(q.requires_grad_(), k, rows)[0].requires_grad
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"M": 0}, {"N": 0}])
+def test_empty(sizes):
+    q, k, _ = tensors(**sizes)
+    rows = torch.zeros(0 if sizes == {"M": 0} else 2, dtype=torch.int32)
+    for scores in zk.score_tokens(q, k, rows):
+        assert scores.shape == (q.shape[0], 1, k.shape[2])
+        assert not scores.any()
+
+
+def test_catches_a_missing_causal_mask():
+    def not_causal(q, k, probe_rows, *, q_start=None, seqused_k=None, **options):
+        B, N = q.shape[0], k.shape[2]
+        everything = torch.full((B,), N, dtype=torch.int32)
+        return zipvl_reference.score_tokens(q, k, probe_rows, q_start=everything - 1, seqused_k=seqused_k, **options)
+
+    with pytest.raises(AssertionError, match="accumulated"):
+        check_score_tokens(not_causal, derandomize=True)
+
+
+q, k, rows = tensors()
+per_sequence = torch.zeros(2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changed"),
+    [
+        (TypeError, "q: expected a torch.Tensor, got list", {"q": [1]}),
+        (ValueError, r"q: .*got shape \[4, 6, 8\]", {"q": q[0]}),
+        (TypeError, "q: .*float64", {"q": q.double()}),
+        (TypeError, "k: .*float32.*bfloat16", {"k": k.bfloat16()}),
+        (ValueError, "k: .*on cpu.*meta", {"k": k.to("meta")}),
+        (ValueError, "k: .*divides the 4 heads.*got 3", {"k": torch.zeros(2, 3, 9, 8)}),
+        (ValueError, r"k: .*D = 8.*\[2, 2, 9, 4\]", {"k": torch.zeros(2, 2, 9, 4)}),
+        (ValueError, r"k: .*B = 2.*\[1, 2, 9, 8\]", {"k": k[:1]}),
+        (ValueError, "k: .*contiguous last dim", {"k": torch.zeros(2, 2, 8, 9).mT}),
+        (TypeError, "probe_rows: .*int32.*int64", {"probe_rows": rows.long()}),
+        (ValueError, r"probe_rows: .*\[3, 2\]", {"probe_rows": rows.expand(3, 2)}),
+        (ValueError, "probe_rows: .*meta", {"probe_rows": rows.to("meta")}),
+        (TypeError, "scale: .*'a'", {"scale": "a"}),
+        (ValueError, "scale: .*nan", {"scale": float("nan")}),
+        (TypeError, "q_start: .*int32.*int64", {"q_start": per_sequence.long()}),
+        (ValueError, r"leftpad_k: .*\[2\].*\[3\]", {"leftpad_k": torch.zeros(3, dtype=torch.int32)}),
+        (TypeError, "seqused_k: .*Tensor.*int", {"seqused_k": 4}),
+        (ValueError, "pool: .*'head'", {"pool": "head"}),
+        (ValueError, "backend: .*'gpu'", {"backend": "gpu"}),
+        (RuntimeError, "backend='triton'.*score_tokens", {"backend": "triton"}),
+        (RuntimeError, "backend='cuda'.*score_tokens", {"backend": "cuda"}),
+    ],
+)
+def test_errors(error, match, changed):
+    with pytest.raises(error, match=match):
+        zk.score_tokens(**{"q": q, "k": k, "probe_rows": rows, **changed})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", ["layer", "kv_head"])
+def test_registration(dtype, pool):
+    q, k, rows = tensors(dtype=dtype)
+    per_sequence = torch.tensor([0, 2], dtype=torch.int32)
+    transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
+    arguments = (transposed, k, rows, 0.5, None, per_sequence, None, pool, "auto")
+    torch.library.opcheck(torch.ops.zipvl.score_tokens.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles(backend):
+    def score(q, k, rows, leftpad):
+        return zk.score_tokens(q, k, rows, leftpad_k=leftpad, pool="kv_head")
+
+    compiled = torch.compile(score, fullgraph=True, backend=backend)
+    leftpad = torch.tensor([0, 2], dtype=torch.int32)
+    for N in (9, 12):
+        q, k, rows = tensors(N=N)
+        for got, wanted in zip(compiled(q, k, rows, leftpad), score(q, k, rows, leftpad), strict=True):
+            assert torch.equal(got, wanted)

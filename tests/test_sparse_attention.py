@@ -1,0 +1,130 @@
+"""`sparse_attention`: the property check, examples, errors, registration."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zipvl_reference
+from zipvl_reference.testing import check_sparse_attention
+
+import zipvl_kernels as zk
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tensors(B=2, Hq=4, Hkv=2, M=9, N=9, D=8, dtype=torch.float32):
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(B, Hq, M, D, generator=random).to(dtype)
+    k, v = (torch.randn(B, Hkv, N, D, generator=random).to(dtype) for _ in range(2))
+    indices = torch.full((B, 1, N), -1, dtype=torch.int32)
+    indices[..., : min(3, N)] = torch.tensor([1, 4, 8], dtype=torch.int32)[: min(3, N)]
+    return q, k, v, indices, torch.full((B, 1), min(3, N), dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
+def test_contract(package, dtype):
+    check_sparse_attention(package.sparse_attention, dtype=dtype, derandomize=True)
+
+
+def test_contract_over_several_row_blocks(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("zipvl_reference.sparse_attention"), "ROWS", 5)
+    check_sparse_attention(zk.sparse_attention, derandomize=True)
+
+
+def test_full_set_is_dense_attention():
+    q, k, v, _, _ = tensors()
+    everything = torch.arange(9, dtype=torch.int32).expand(2, 1, 9)
+    out = zk.sparse_attention(q, k, v, everything, torch.full((2, 1), 9, dtype=torch.int32))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+
+def test_kept_rows_are_attention_of_the_gathered_tokens():
+    q, k, v, indices, counts = tensors()
+    out = zk.sparse_attention(q, k, v, indices, counts)
+    kept = [1, 4, 8]
+    wanted = F.scaled_dot_product_attention(
+        q[:, :, kept], k[:, :, kept], v[:, :, kept], is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(out[:, :, kept], wanted)
+    others = [row for row in range(9) if row not in kept]
+    assert not out[:, :, others].any()
+
+
+def test_chunk_of_rows_attends_to_earlier_columns():
+    q, k, v, indices, counts = tensors()
+    whole = zk.sparse_attention(q, k, v, indices, counts)
+    chunk = zk.sparse_attention(q[:, :, 6:], k, v, indices, counts)
+    torch.testing.assert_close(chunk, whole[:, :, 6:])
+
+
+def test_compacted_keys_may_be_cut_to_the_largest_count():
+    q, k, v, indices, counts = tensors()
+    kept = [1, 4, 8]
+    out = zk.sparse_attention(q, k[:, :, kept], v[:, :, kept], indices, counts, kv_compacted=True)
+    torch.testing.assert_close(out, zk.sparse_attention(q, k, v, indices, counts))
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"M": 0}, {"N": 0}])
+@pytest.mark.parametrize("kv_compacted", [False, True])
+def test_empty(sizes, kv_compacted):
+    q, k, v, indices, counts = tensors(**sizes)
+    out = zk.sparse_attention(q, k, v, indices, counts, kv_compacted=kv_compacted)
+    assert out.shape == q.shape
+    assert not out.any()
+
+
+def test_catches_rows_left_over_and_future_columns():
+    def fills_other_rows(q, *arguments, **options):
+        out = zipvl_reference.sparse_attention(q, *arguments, **options)
+        return out + (out == 0) * 1e-3
+
+    def sees_the_future(q, k, v, indices, counts, *, q_start=None, **options):
+        start = torch.full((q.shape[0],), k.shape[2] - q.shape[2], dtype=torch.int32) if q_start is None else q_start
+        return zipvl_reference.sparse_attention(q.roll(1, 2), k, v, indices, counts, q_start=start, **options)
+
+    for broken in (fills_other_rows, sees_the_future):
+        with pytest.raises(AssertionError, match="out"):
+            check_sparse_attention(broken, derandomize=True)
+
+
+q, k, v, indices, counts = tensors()
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changed"),
+    [
+        (ValueError, r"v: .*shape of k.*\[2, 2, 8, 8\]", {"v": v[:, :, 1:]}),
+        (TypeError, "v: .*float32.*float16", {"v": v.half()}),
+        (ValueError, "v: .*contiguous last dim", {"v": torch.zeros(2, 2, 9, 16)[..., ::2]}),
+        (TypeError, "indices: .*int32.*int64", {"indices": indices.long()}),
+        (ValueError, r"indices: .*\[2, 9\]", {"indices": indices[:, 0]}),
+        (ValueError, r"indices: .*\[2, 1, 9\].*\[2, 1, 8\]", {"indices": indices[..., :8]}),
+        (ValueError, r"indices: .*\[2, 3, 9\]", {"indices": indices.expand(2, 3, 9)}),
+        (ValueError, r"counts: .*\[2, 1\].*\[2\]", {"counts": counts[:, 0]}),
+        (TypeError, "counts: .*int32.*float32", {"counts": counts.float()}),
+        (ValueError, r"q_start: .*\[2\].*\[1\]", {"q_start": torch.zeros(1, dtype=torch.int32)}),
+        (ValueError, "scale: .*inf", {"scale": float("inf")}),
+        (ValueError, "backend: .*None", {"backend": None}),
+        (RuntimeError, "backend='triton'", {"backend": "triton"}),
+    ],
+)
+def test_errors(error, match, changed):
+    with pytest.raises(error, match=match):
+        zk.sparse_attention(**{"q": q, "k": k, "v": v, "indices": indices, "counts": counts, **changed})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_compacted", [False, True])
+def test_registration(dtype, kv_compacted):
+    arguments = (*tensors(dtype=dtype), 0.5, torch.zeros(2, dtype=torch.int32), kv_compacted, "auto")
+    torch.library.opcheck(torch.ops.zipvl.sparse_attention.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles(backend):
+    compiled = torch.compile(zk.sparse_attention, fullgraph=True, backend=backend)
+    for M in (9, 5):
+        arguments = tensors(M=M)
+        assert torch.equal(compiled(*arguments), zk.sparse_attention(*arguments))
