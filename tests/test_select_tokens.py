@@ -130,7 +130,7 @@ def test_catches_an_inexact_boundary_and_other_ties():
 
     for broken in (rounds_tau_to_fp32, ties_to_the_higher_column):
         with pytest.raises(AssertionError, match="indices"):
-            check_select_tokens(broken, derandomize=True)
+            check_select_tokens(broken, derandomize=True, max_tokens=4)
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 4), (2, 1, 0), (0, 2, 0)])
