@@ -127,3 +127,18 @@ def test_compiles(backend):
         a, b = tensors(M=M), tensors(M=M)
         for got, wanted in zip((*compiled(*a), *a), (*prefill(*b), *b), strict=True):
             assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["dense", "transposed"])
+def test_same_bits_alone_and_in_a_batch_at_length(dtype, layout):
+    def lay(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "transposed" else x.clone()
+
+    q, k, v = tensors(B=3, M=600, N=701, D=64, dtype=dtype)
+    leftpad = torch.tensor([0, 300, 17], dtype=torch.int32)
+    batch = zk.zipvl_prefill_(lay(q), lay(k), lay(v), leftpad_k=leftpad)
+    for b in range(3):
+        alone = zk.zipvl_prefill_(*(x[b : b + 1].clone() for x in (q, k, v)), leftpad_k=leftpad[b : b + 1])
+        for got, wanted in zip(batch, alone, strict=True):
+            assert torch.equal(got[b : b + 1], wanted)
