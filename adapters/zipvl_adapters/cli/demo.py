@@ -101,8 +101,8 @@ def _write(
 def _notes(scores: list[Score], device: "torch.device") -> list[str]:
     questions = max(score.questions for score in scores)
     return [
-        f"An answer is right when it equals the expected text exactly. With {questions} a task, one of them"
-        f" weighs {100 / questions:.1f} points: 'zipvl eval' measures on more.",
+        f"An answer is right when it equals the expected text exactly. With {questions} questions a task, one"
+        f" weighs {100 / questions:.1f} points; 'zipvl eval' measures on more.",
         "Agree: the share of questions to which both gave the same answer. Kept: the share of the prompt's tokens, mean"
         " over layers and questions. KV saved: bytes of the cache after the answer. FLOPs saved: QK^T and PV of the"
         " prefill, the scoring of the probe rows counted as work.",

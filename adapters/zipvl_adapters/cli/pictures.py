@@ -135,7 +135,7 @@ def draw_kept(examples: Sequence[Example], path: Path) -> None:
     """One model's picture: a row for each example with the input and what three layers kept of it."""
     columns = 1 + len(examples[0].views)
     with rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(2.75 * columns, 3.45 * len(examples)), layout="constrained")
+        figure = Figure(figsize=(2.75 * columns, 3.3 * len(examples)), layout="constrained")
         for band, shown in zip(figure.subfigures(len(examples), 1, squeeze=False)[:, 0], examples, strict=True):
             axes = band.subplots(1, columns)
             band.suptitle(_heading(shown), fontsize=10.5, x=0.0035, ha="left", weight="bold", parse_math=False)

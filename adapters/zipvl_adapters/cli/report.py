@@ -110,11 +110,13 @@ def _lead(totals: Sequence[tuple[Score, Score]], tau: float) -> str:
         return f"{100 * sum(values) / len(values):.1f} %"
 
     questions = totals[0][0].questions
+    kept = mean([zipvl.kept_ratio for _, zipvl in totals])
+    right = mean([zipvl.accuracy for _, zipvl in totals])
+    right_dense = mean([dense.accuracy for dense, _ in totals])
     return (
-        f"{len(totals)} models answered {questions} held-out questions each, dense and with ZipVL at tau\u00a0=\u00a0{tau:g}. "
-        f"ZipVL kept {mean([zipvl.kept_ratio for _, zipvl in totals])} of the tokens and answered "
-        f"{mean([zipvl.accuracy for _, zipvl in totals])} of the questions right; the dense models, which keep every "
-        f"token, {mean([dense.accuracy for dense, _ in totals])}."
+        f"{len(totals)} models answered {questions} held-out questions each, dense and with ZipVL"
+        f" at tau\u00a0=\u00a0{tau:g}. ZipVL kept {kept} of the tokens and answered {right} of the questions right;"
+        f" the dense models, which keep every token, {right_dense}."
     )
 
 
