@@ -56,7 +56,8 @@ def append_and_attend(layer: ZipVLLayer, step: Step) -> Tensor:
     n = step.q.shape[2]
     layer.append(step.k, step.v)
     layer.mark()
-    if not layer.by_mask and step.padding is None and n <= DECODE_ROWS:
+    layer.by_mask |= step.padding is not None  # padding is stored too: only the mask tells it from tokens
+    if not layer.by_mask and n <= DECODE_ROWS:
         out = zk.decode_attention(step.q, layer.keys, layer.values, layer.seqused_k, scale=step.scale)
         return out.transpose(1, 2).contiguous()
     keys, values = layer.keys[:, :, : layer.used], layer.values[:, :, : layer.used]
