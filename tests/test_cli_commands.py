@@ -230,12 +230,13 @@ def test_demo_at_tau_one_agrees_with_the_dense_model(assets, tmp_path):
 
 
 def test_eval_measures_every_setting(assets, tmp_path):
-    options = ["--model", "qwen2_vl", "--model", "llava", "--tau", "0.5", "--tau", "1", "--fixed", "--device", "cpu"]
+    options = ["--model", "qwen2_vl", "--model", "llava", "--tau", "0.5", "--tau", "1", "--all-rows", "--device", "cpu"]
     result = call("eval", "--models", assets, "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"quality.json", "quality.md", "quality.png"}
     scores = json.loads((tmp_path / "out" / "quality.json").read_text())["scores"]
-    settings = ["dense", "tau 1", "tau 0.5", "fixed as tau 0.5"]
+    settings = ["dense", "tau 1", "tau 0.5", "all rows, tau 1", "all rows, tau 0.5", "fixed as tau 0.5"]
+    settings += ["random as tau 0.5"]
     for model in ("qwen2_vl", "llava"):
         for task in ("colour_shape", "code"):
             found = {s["setting"]: s for s in scores if (s["model"], s["task"]) == (model, task)}
@@ -245,6 +246,8 @@ def test_eval_measures_every_setting(assets, tmp_path):
             # The fixed ratio is rounded up to whole tokens, the same number in every layer.
             assert kept <= fixed["kept_ratio"] < kept + 0.05
             assert max(fixed["layer_ratios"]) - min(fixed["layer_ratios"]) < 1e-9
+            assert found["random as tau 0.5"]["layer_ratios"] == pytest.approx(fixed["layer_ratios"])
+            assert found["all rows, tau 0.5"]["attention_flops"] > found["tau 0.5"]["attention_flops"]
     table = (tmp_path / "out" / "quality.md").read_text()
     assert all(f"| {setting} |" in table for setting in settings)
     assert "llama" not in result.stdout

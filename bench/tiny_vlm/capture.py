@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: these models are so small that launching their kernels costs more than running them."""
+"""A training step as a CUDA graph: launching the kernels of models this small costs more than running them."""
 
 from __future__ import annotations
 

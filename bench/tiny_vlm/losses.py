@@ -1,4 +1,4 @@
-"""What the training minimises: wrong answers, unread cells, and, once the answers are learnt, attention spread widely."""
+"""What the training minimises: wrong answers, unread cells and, late, attention that spreads widely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains one small model: `python bench/tiny_vlm/train.py llava --seconds 480`. Needs one GPU (a CPU runs a smoke test)."""
+"""Trains one small model: `python bench/tiny_vlm/train.py llava`. Needs one GPU (a CPU runs a smoke test)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLUMNS = ["step", "seconds", "cell_loss", "answer_loss", "cell_loss_mid_decoder
 
 
 class Trainer:
-    """One model with its losses and optimizer. Scheduled weights are tensors, so that a captured step reads them anew."""
+    """One model with its losses and optimizer; scheduled weights are tensors, which a captured step reads anew."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.family, self.device = args.family, device
@@ -71,7 +71,7 @@ class Trainer:
         self.answer = CapturedStep(self.answer_step, batch, self.optimizer, gpu and args.capture)
 
     def schedule(self, args: argparse.Namespace, progress: float, stage_step: int) -> None:
-        """Learning rate by warm-up and cosine; cells fade as answers take over; spread comes in once these are learnt."""
+        """Learning rate by warm-up and cosine; cells fade as answers take over; the spread comes in last."""
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
         self.rate.fill_(args.lr * cosine * min(1.0, (stage_step + 1) / 300))
         self.fade.fill_(1 - 0.9 * progress)

@@ -13,7 +13,7 @@ from zipvl_adapters.cli.checks import UserError, check_device, check_output, che
 from zipvl_adapters.cli.env import commit, device_name, versions
 from zipvl_adapters.cli.outputs import whole_files
 from zipvl_adapters.cli.progress import reporting
-from zipvl_adapters.cli.scoring import DENSE, Score, default_batch, overall, score_model
+from zipvl_adapters.cli.scoring import ALL_ROWS, DENSE, FIXED, RANDOM, Score, default_batch, overall, score_model
 from zipvl_adapters.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from zipvl_adapters import ZipVLPolicy
 
-TAUS = (1.0, 0.99, 0.975, 0.95, 0.9, 0.8, 0.7, 0.5)
+TAUS = (0.99, 0.975, 0.96, 0.9)
 CPU_LIMIT = 20
 
 
@@ -35,7 +35,13 @@ def evaluate(
         int | None, typer.Option(help=f"Questions per task ({CPU_LIMIT} on a CPU, all on a GPU).", show_default=False)
     ] = None,
     fixed: Annotated[
-        bool, typer.Option("--fixed", help="Also keep ZipVL's mean ratio as a fixed one in every layer.")
+        bool, typer.Option("--fixed/--no-fixed", help="Also keep ZipVL's mean ratio as a fixed one in every layer.")
+    ] = True,
+    random: Annotated[
+        bool, typer.Option("--random/--no-random", help="Also keep as many tokens, drawn at random, in every layer.")
+    ] = True,
+    all_rows: Annotated[
+        bool, typer.Option("--all-rows", help="Also let every row attend, over the kept tokens, at every tau.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for quality.json, quality.md and quality.png.")] = Path("out/eval"),
     device: Annotated[
@@ -57,11 +63,9 @@ def evaluate(
         limit = CPU_LIMIT
     questions = assets.take(limit)
 
-    from zipvl_adapters import ZipVLPolicy
-
-    first = {DENSE: None, **{_name(value): ZipVLPolicy(tau=value) for value in taus}}
     batch = default_batch(chosen)
-    runs = len(first) + (len(taus) if fixed else 0)
+    first = _policies(taus, all_rows=all_rows)
+    runs = len(first) + (fixed + random) * sum(value < 1 for value in taus)
     scores: list[Score] = []
     with reporting(runs * len(names) * sum(map(len, questions.values()))) as reporter:
         for name in names:
@@ -69,11 +73,12 @@ def evaluate(
             loaded, processor = open_model(str(assets.models[name]), device=chosen)
             settings = dict.fromkeys(questions, first)
             scores += score_model(name, processor, loaded, questions, settings, batch_size=batch, reporter=reporter)
-            if fixed:
-                settings = {task: _fixed_policies(scores, name, task, taus) for task in questions}
+            if fixed or random:
+                found = [score for score in scores if score.model == name]
+                settings = {task: _same_ratio(found, task, taus, fixed, random) for task in questions}
                 scores += score_model(name, processor, loaded, questions, settings, batch_size=batch, reporter=reporter)
         reporter.say("drawing the plot")
-        _write(out, scores, {"taus": taus, "limit": limit, "fixed": fixed}, chosen)
+        _write(out, scores, {"taus": taus, "limit": limit, "batch": batch, "heldout": str(assets.folder)}, chosen)
     table = _table(scores)
     print_table(
         Console(),
@@ -90,12 +95,28 @@ def _name(tau: float) -> str:
     return f"tau {tau:g}"
 
 
-def _fixed_policies(scores: list[Score], model: str, task: str, taus: list[float]) -> "dict[str, ZipVLPolicy | None]":
-    """For every tau the policy that keeps, in every layer, the share that ZipVL kept on average for this task."""
+def _policies(taus: list[float], *, all_rows: bool) -> "dict[str, ZipVLPolicy | None]":
+    """What needs no other measurement first: the dense model, then every tau."""
     from zipvl_adapters import ZipVLPolicy
+    from zipvl_adapters.cli.variants import AllRowsPolicy
 
-    ratios = {score.setting: score.kept_ratio for score in scores if (score.model, score.task) == (model, task)}
-    return {f"fixed as {_name(tau)}": ZipVLPolicy(keep_ratio=ratios[_name(tau)]) for tau in taus if tau < 1}
+    policies: dict[str, ZipVLPolicy | None] = {DENSE: None}
+    policies |= {_name(tau): ZipVLPolicy(tau=tau) for tau in taus}
+    return policies | ({f"{ALL_ROWS} {_name(tau)}": AllRowsPolicy(tau=tau) for tau in taus} if all_rows else {})
+
+
+def _same_ratio(
+    scores: list[Score], task: str, taus: list[float], fixed: bool, random: bool
+) -> "dict[str, ZipVLPolicy | None]":
+    """For every tau what keeps, in every layer, the share that ZipVL kept on average for this task."""
+    from zipvl_adapters import ZipVLPolicy
+    from zipvl_adapters.cli.variants import RandomPolicy
+
+    ratios = {score.setting: score.kept_ratio for score in scores if score.task == task}
+    kinds = [(FIXED, ZipVLPolicy)] * fixed + [(RANDOM, RandomPolicy)] * random
+    return {
+        f"{start} {_name(tau)}": kind(keep_ratio=ratios[_name(tau)]) for start, kind in kinds for tau in taus if tau < 1
+    }
 
 
 def _write(out: Path, scores: list[Score], settings: dict[str, Any], device: "torch.device") -> None:
@@ -148,5 +169,6 @@ def _note(scores: list[Score]) -> str:
     return (
         f"Exact match on {least} or more held-out questions a task and model; in brackets the tokens kept, mean over"
         " layers and questions. KV: bytes of the cache after the answer. FLOPs: QK^T and PV of the prefill, with"
-        " the scoring."
+        " the scoring. Fixed: ZipVL's mean ratio in every layer, same scores; random: that many tokens, drawn."
+        " All rows: rows of dropped tokens are computed too."
     )

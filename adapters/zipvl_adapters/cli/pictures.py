@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from zipvl_adapters.cli.answering import answer, chat_prompt, encode, read_picture
 from zipvl_adapters.cli.assets import EASY_TASK, Question
-from zipvl_adapters.cli.scoring import DENSE, Score
+from zipvl_adapters.cli.scoring import ALL_ROWS, DENSE, FIXED, RANDOM, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -202,30 +203,43 @@ def draw_layers(scores: Sequence[Score], path: Path) -> None:
         figure.savefig(path)
 
 
+# Settings of `zipvl eval` in the plot: how their names begin, what the legend calls them, how their lines look.
+_KINDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("tau", "ZipVL", {"linestyle": "-"}),
+    (ALL_ROWS, "all rows computed", {"linestyle": "-.", "alpha": 0.6}),
+    (FIXED, "fixed ratio", {"linestyle": "--", "mfc": "white"}),
+    (RANDOM, "random tokens", {"linestyle": ":", "mfc": "white", "alpha": 0.6}),
+)
+
+
 def draw_tradeoff(scores: Sequence[Score], path: Path) -> None:
-    """Accuracy against kept ratio, one panel a model, one colour a task; dotted: dense, hollow: fixed ratio."""
+    """Accuracy against kept ratio, one panel a model, one colour a task, one kind of line a kind of setting."""
     models = list(dict.fromkeys(score.model for score in scores))
     tasks = list(dict.fromkeys(score.task for score in scores))
+    kinds = [kind for kind in _KINDS if any(score.setting.startswith(kind[0]) for score in scores)]
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.2 * len(models), 4.2), layout="constrained")
+        figure = Figure(figsize=(4.2 * len(models), 4.6), layout="constrained")
         panels = figure.subplots(1, len(models), sharey=True, sharex=True, squeeze=False)[0]
         for axis, model in zip(panels, models, strict=True):
             for task, (colour, marker) in zip(tasks, cycle(zip(PALETTE, "osD^vP", strict=True))):
                 found = [score for score in scores if (score.model, score.task) == (model, task)]
                 for score in found:
                     if score.setting == DENSE:
-                        axis.axhline(100 * score.accuracy, color=colour, linewidth=0.9, linestyle=":")
-                for start, style in (("tau", {"linestyle": "-"}), ("fixed", {"linestyle": "--", "mfc": "white"})):
+                        axis.plot(100, 100 * score.accuracy, color=colour, marker="_", markersize=14, clip_on=False)
+                for start, _, style in kinds:
                     line = sorted((s for s in found if s.setting.startswith(start)), key=lambda s: s.kept_ratio)
-                    if line:
-                        x, y = [100 * s.kept_ratio for s in line], [100 * s.accuracy for s in line]
-                        label = task if start == "tau" else f"{task}, fixed"
-                        axis.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=label, **style)
+                    x, y = [100 * s.kept_ratio for s in line], [100 * s.accuracy for s in line]
+                    axis.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=1.5, **style)
             axis.set_title(model, loc="left", weight="bold", fontsize=11)
             axis.set_xlabel("tokens kept, mean over layers (%)")
         lowest = min(100 * score.accuracy for score in scores)
         panels[0].set_ylim(10 * (lowest // 10) - 1.5, 101.5)
-        panels[0].set_ylabel("right answers (%), dotted: dense")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=5, fontsize=9)
+        panels[0].set_ylabel("right answers (%)")
+        handles = [
+            Line2D([], [], color=c, marker=m, label=task)
+            for task, (c, m) in zip(tasks, cycle(zip(PALETTE, "osD^vP", strict=True)))
+        ]
+        handles += [Line2D([], [], color=INK, label=label, **style) for _, label, style in kinds]
+        handles.append(Line2D([], [], color=INK, linestyle="", marker="_", markersize=12, label="dense"))
+        figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=5, fontsize=9)
         figure.savefig(path)

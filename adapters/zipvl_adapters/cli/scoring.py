@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 ALL_TASKS = "all tasks"
+# How the names of the other settings of `zipvl eval` begin; ZipVL's own are called after their tau.
+FIXED, RANDOM, ALL_ROWS = "fixed as", "random as", "all rows,"
 
 
 @dataclass(frozen=True)
@@ -132,5 +134,11 @@ def paired(scores: Sequence[Score], setting: str) -> list[tuple[Score, Score]]:
 
 
 def default_batch(device: "torch.device") -> int:
-    """Questions answered at once: few on a CPU, where larger batches gain nothing."""
-    return 8 if device.type == "cpu" else 64
+    """Questions answered at once: few on a CPU, where larger batches gain nothing, else what the memory allows."""
+    import torch
+
+    if device.type == "cpu":
+        return 8
+    if device.type != "cuda":
+        return 32
+    return max(8, min(256, torch.cuda.get_device_properties(device).total_memory // 2**28))
