@@ -19,10 +19,12 @@ def prefill(policy, n=40, heads=(4, 2), pad=0):
     kind = tiny("llava")
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(2, h, n, 16, generator=generator) for h in (heads[0], heads[1], heads[1]))
+    module = torch.nn.Module().eval()
+    module.num_key_value_groups = heads[0] // heads[1]
     mask = torch.ones(2, n, dtype=torch.bool)
     mask[1, :pad] = False
     cache = ZipVLCache(policy, config=kind.model.config)
-    out, _ = zipvl_attention(torch.nn.Module().eval(), q, *cache.update(k, v, 0), mask if pad else None)
+    out, _ = zipvl_attention(module, q, *cache.update(k, v, 0), mask if pad else None)
     return out, cache.layers[0]
 
 

@@ -1,5 +1,6 @@
 """`zipvl eval`: accuracy against kept ratio for the shipped models."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,7 +79,8 @@ def evaluate(
                 settings = {task: _same_ratio(found, task, taus, fixed, random) for task in questions}
                 scores += score_model(name, processor, loaded, questions, settings, batch_size=batch, reporter=reporter)
         reporter.say("drawing the plot")
-        _write(out, scores, {"taus": taus, "limit": limit, "batch": batch, "heldout": str(assets.folder)}, chosen)
+        digest = hashlib.sha256((assets.folder / "heldout" / "manifest.json").read_bytes()).hexdigest()
+        _write(out, scores, {"taus": taus, "limit": limit, "batch": batch, "manifest_sha256": digest}, chosen)
     table = _table(scores)
     print_table(
         Console(),

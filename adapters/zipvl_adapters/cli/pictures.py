@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from zipvl_adapters.cli.answering import answer, chat_prompt, encode, read_picture
 from zipvl_adapters.cli.assets import EASY_TASK, Question
@@ -197,49 +196,46 @@ def draw_layers(scores: Sequence[Score], path: Path) -> None:
             axis.set_title(model, loc="left", weight="bold", fontsize=11)
             axis.set_xlabel("decoder layer")
             axis.set_xticks(layers)
-            axis.set_ylim(0, 103)
-            axis.legend(frameon=False, loc="lower left", fontsize=9)
+            axis.set(ylim=(0, 130), yticks=range(0, 101, 20))  # the legend stands above whatever the lines do
+            axis.legend(frameon=False, loc="upper left", fontsize=9)
         panels[0].set_ylabel("tokens kept (%)")
         figure.savefig(path)
 
 
 # Settings of `zipvl eval` in the plot: how their names begin, what the legend calls them, how their lines look.
 _KINDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("tau", "ZipVL", {"linestyle": "-"}),
-    (ALL_ROWS, "all rows computed", {"linestyle": "-.", "alpha": 0.6}),
-    (FIXED, "fixed ratio", {"linestyle": "--", "mfc": "white"}),
-    (RANDOM, "random tokens", {"linestyle": ":", "mfc": "white", "alpha": 0.6}),
+    ("tau", "ZipVL", {"color": PALETTE[0], "marker": "o", "linewidth": 2, "zorder": 4}),
+    (ALL_ROWS, "ZipVL, all rows computed", {"color": PALETTE[5], "marker": "^"}),
+    (FIXED, "fixed ratio, same scores", {"color": PALETTE[3], "marker": "s"}),
+    (RANDOM, "random tokens", {"color": FAINT, "marker": "D"}),
 )
 
 
 def draw_tradeoff(scores: Sequence[Score], path: Path) -> None:
-    """Accuracy against kept ratio, one panel a model, one colour a task, one kind of line a kind of setting."""
+    """Accuracy against kept ratio: a row a model, a column a task, a line a kind of setting; dotted: dense."""
     models = list(dict.fromkeys(score.model for score in scores))
     tasks = list(dict.fromkeys(score.task for score in scores))
-    kinds = [kind for kind in _KINDS if any(score.setting.startswith(kind[0]) for score in scores)]
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.2 * len(models), 4.6), layout="constrained")
-        panels = figure.subplots(1, len(models), sharey=True, sharex=True, squeeze=False)[0]
-        for axis, model in zip(panels, models, strict=True):
-            for task, (colour, marker) in zip(tasks, cycle(zip(PALETTE, "osD^vP", strict=True))):
-                found = [score for score in scores if (score.model, score.task) == (model, task)]
-                for score in found:
-                    if score.setting == DENSE:
-                        axis.plot(100, 100 * score.accuracy, color=colour, marker="_", markersize=14, clip_on=False)
-                for start, _, style in kinds:
-                    line = sorted((s for s in found if s.setting.startswith(start)), key=lambda s: s.kept_ratio)
-                    x, y = [100 * s.kept_ratio for s in line], [100 * s.accuracy for s in line]
-                    axis.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=1.5, **style)
-            axis.set_title(model, loc="left", weight="bold", fontsize=11)
-            axis.set_xlabel("tokens kept, mean over layers (%)")
-        lowest = min(100 * score.accuracy for score in scores)
-        panels[0].set_ylim(10 * (lowest // 10) - 1.5, 101.5)
-        panels[0].set_ylabel("right answers (%)")
-        handles = [
-            Line2D([], [], color=c, marker=m, label=task)
-            for task, (c, m) in zip(tasks, cycle(zip(PALETTE, "osD^vP", strict=True)))
-        ]
-        handles += [Line2D([], [], color=INK, label=label, **style) for _, label, style in kinds]
-        handles.append(Line2D([], [], color=INK, linestyle="", marker="_", markersize=12, label="dense"))
-        figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=5, fontsize=9)
+        figure = Figure(figsize=(2.6 * len(tasks) + 0.6, 2.2 * len(models) + 0.9), layout="constrained")
+        panels = figure.subplots(len(models), len(tasks), sharex=True, sharey=True, squeeze=False)
+        shown: dict[str, Any] = {}
+        for (m, model), (t, task) in product(enumerate(models), enumerate(tasks)):
+            axis = panels[m, t]
+            found = [score for score in scores if (score.model, score.task) == (model, task)]
+            for score in found:
+                if score.setting == DENSE:
+                    shown["dense"] = axis.axhline(100 * score.accuracy, color=INK, linewidth=1, linestyle=":")
+            for start, label, style in _KINDS:
+                line = sorted((s for s in found if s.setting.startswith(start)), key=lambda s: s.kept_ratio)
+                x, y = [100 * s.kept_ratio for s in line], [100 * s.accuracy for s in line]
+                if line:
+                    [shown[label]] = axis.plot(x, y, **{"markersize": 4, "linewidth": 1.3, **style})
+            axis.set(xlim=(0, 102), ylim=(-4, 104), xticks=range(0, 101, 25), yticks=range(0, 101, 25))
+            if m == 0:
+                axis.set_title(task.replace("_", ", "), weight="bold", fontsize=11)
+            if t == 0:
+                axis.set_ylabel(f"{model}\nright answers (%)")
+        figure.supxlabel("tokens kept, mean over layers (%)", fontsize=10)
+        labels = [label for label in ("dense", *(kind[1] for kind in _KINDS)) if label in shown]
+        figure.legend([shown[x] for x in labels], labels, frameon=False, loc="outside upper center", ncols=5)
         figure.savefig(path)
