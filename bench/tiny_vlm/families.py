@@ -6,6 +6,7 @@ per-picture Python of the general code; `check_fast_path` compares the two befor
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def make_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     return Qwen2VLForConditionalGeneration(config)
 
 
-def save_image_processor(family: str, folder: Path) -> None:
+def save_processor(family: str, folder: Path) -> None:
     """Writes preprocessor_config.json with transformers' PIL image processor of the family (no torchvision)."""
     common = {"image_mean": MEAN, "image_std": STD}
     if family == "llava":
@@ -127,6 +128,14 @@ def save_image_processor(family: str, folder: Path) -> None:
 
         size = {"size": {"shortest_edge": 168}, "crop_size": {"height": 168, "width": 168}}
         LlavaNextImageProcessorPil(**size, image_grid_pinpoints=[[336, 336]], **common).save_pretrained(folder)
+        processor = {
+            "processor_class": "LlavaNextProcessor",
+            "patch_size": 14,
+            "vision_feature_select_strategy": "default",
+            "image_token": PROMPTS[family].image_token,
+            "num_additional_image_tokens": 1,
+        }
+        (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     elif family == "internvl":
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 

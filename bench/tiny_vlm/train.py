@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from families import (
     grid_tokens,
     make_model,
     position_ids,
-    save_image_processor,
+    save_processor,
     text_hidden,
     vision_constants,
     visual_tokens,
@@ -143,8 +144,7 @@ def train(args: argparse.Namespace) -> None:
     found = accuracy(args.family, model, trainer.builder, heldout(args.heldout), trainer.positions)
     print(f"{args.family}: held-out accuracy {found}", flush=True)
     record = {
-        "command": f"python bench/tiny_vlm/train.py {args.family} --seconds {args.seconds:g} --spread {args.spread:g}"
-        + (f" --start {args.start}" if args.start else ""),
+        "command": " ".join(["python", "bench/tiny_vlm/train.py", *sys.argv[1:]]),
         "seed": args.seed,
         "steps": step,
         "batch_size": args.batch_size,
@@ -162,6 +162,8 @@ def train(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    if args.start:
+        record["started_from"] = json.loads((Path(args.start) / args.family / "training.json").read_text())
     save(args.family, model, trainer.builder, record, Path(args.out) / args.family)
 
 
@@ -172,7 +174,7 @@ def save(family: str, model: PreTrainedModel, builder: ChatBuilder, record: dict
     model.generation_config.pad_token_id = builder.tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(folder)
     builder.tokenizer.save_pretrained(folder)
-    save_image_processor(family, folder)
+    save_processor(family, folder)
     (folder / "training.json").write_text(json.dumps(record) + "\n")
 
 
@@ -191,7 +193,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=400, help="held-out questions per task")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True, help="steps as CUDA graphs")
-    parser.add_argument("--start", help="folder of models to go on from, without the vision tower's own stage")
+    parser.add_argument("--start", help="folder of models to go on from (no vision stage); give another --seed")
     parser.add_argument("--out", default="bench/tiny_vlm/models")
     train(parser.parse_args())
 
