@@ -9,8 +9,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ("README.md", "docs/operators.md")
 COMPILE_ONLY = "<!-- compile only -->"
-# Drawn by `zipvl demo` and copied from its recorded run.
-PICTURES = {"docs/images/kept_llava.png", "docs/images/kept_by_layer.png"}
 FENCE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
@@ -60,8 +58,7 @@ def test_links_resolve(document):
         name, _, anchor = link.partition("#")
         target = (path.parent / name).resolve() if name else path
         if not target.exists():
-            if str(target.relative_to(ROOT)) not in PICTURES:
-                broken.append(link)
+            broken.append(link)
         elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
             broken.append(link)
     assert not broken, f"{document}: links that lead nowhere: {broken}"
