@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class CapturedStep:
-    """Runs `step(batch)` for batches of one fixed shape, captured or as it is.
+    """Runs `step(batch)` for batches of one fixed shape, captured or as it is; `clear` drops the gradients.
 
     Capture it before any other thread uses the GPU: the capture fails on their calls.
     """
 
     def __init__(
-        self, step: Callable[[Batch], list[Tensor]], example: Batch, optimizer: torch.optim.Optimizer, capture: bool
+        self, step: Callable[[Batch], list[Tensor]], example: Batch, clear: Callable[[], None], capture: bool
     ) -> None:
         self.step, self.graph = step, None
         if not capture:
@@ -29,7 +29,7 @@ class CapturedStep:
                 step(self.batch)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        optimizer.zero_grad(set_to_none=True)
+        clear()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.losses = step(self.batch)

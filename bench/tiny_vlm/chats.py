@@ -11,19 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from families import image_placeholder
-from pictures import LABELS, Sample, draw_sample
+from pictures import LABELS, MEASURES, Sample, draw_sample
 from prompts import PROMPTS, make_tokenizer, render
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-QUESTIONS = 6
+QUESTIONS = 12  # a picture: about as many as fit into LENGTH tokens
+LENGTH = 280  # of a chat beside its opening
 TRAIN_SEED = 10_000_000  # held-out pictures use the seeds below it
 IGNORE = -100
 
 
 @dataclass
 class Batch:
-    """Pictures uint8 [B, 336, 336, 3], label maps int64 [B, 6, 24, 24], tokens and targets int64 [B, S] (-100: no loss)."""
+    """Pictures uint8 [B, 336, 336, 3], label maps int64 [B, 8, 24, 24], tokens and targets int64 [B, S] (-100: no loss)."""
 
     images: Tensor
     labels: Tensor
@@ -55,7 +56,7 @@ class ChatBuilder:
         opening = self.encode(self.opening)
         self.prefix = opening
         self.first = opening.index(self.tokenizer.convert_tokens_to_ids(image_token))
-        self.length = (len(opening) + 40 * QUESTIONS + 31) // 32 * 32
+        self.length = (len(opening) + LENGTH + 31) // 32 * 32
         self.stop = self.tokenizer.eos_token
 
     def encode(self, text: str) -> list[int]:
@@ -84,7 +85,7 @@ class ChatBuilder:
         pairs = [self.build(chat) for chat in chats]
         return Batch(
             torch.from_numpy(np.stack([np.asarray(s.image) for s in samples])),
-            torch.from_numpy(np.stack([np.stack([s.labels[k] for k in LABELS]) for s in samples])).long(),
+            torch.from_numpy(np.stack([np.stack([s.labels[k] for k in (*LABELS, *MEASURES)]) for s in samples])).long(),
             torch.tensor([ids for ids, _ in pairs]),
             torch.tensor([targets for _, targets in pairs]),
         )

@@ -6,7 +6,7 @@ from multiprocessing import Pool
 
 import torch
 from chats import ChatBuilder
-from families import text_hidden, vision_constants, visual_tokens
+from families import text_hidden, tower_outputs, vision_constants, visual_tokens
 from pictures import TASKS, Sample, draw_sample
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -43,7 +43,8 @@ def accuracy(
         part = questions[start : start + 64]
         batch = builder.batch([q[0] for q in part], [[(q[2], q[3])] for q in part]).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            visual = visual_tokens(family, model, batch.images, vision_constants(family, model, batch.images))
+            tower = tower_outputs(family, model, batch.images, vision_constants(family, model, batch.images))
+            visual = visual_tokens(family, model, tower)
             _, hidden = text_hidden(model, batch.input_ids, visual, builder.first, positions)
             best = model.lm_head(hidden[:, :-1]).argmax(-1)
         target = batch.targets[:, 1:]

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 FAMILIES = ("llava", "internvl", "qwen2_vl")
+VISUAL_TOKENS = {"llava": 744, "internvl": 576, "qwen2_vl": 576}
 GRID = 24
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 TEXT = {
@@ -68,11 +69,13 @@ def make_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
             image_token_index=image_token,
             image_grid_pinpoints=[[336, 336]],
             vision_feature_layer=-1,
-            image_seq_length=744,
+            image_seq_length=VISUAL_TOKENS[family],
             tie_word_embeddings=True,
             **ids,
         )
-        return LlavaNextForConditionalGeneration(config)
+        model = LlavaNextForConditionalGeneration(config)
+        _start_with_waves(model.model.vision_tower.embeddings.position_embedding.weight)
+        return model
     if family == "internvl":
         vision = InternVLVisionConfig(
             hidden_size=128,
@@ -88,11 +91,13 @@ def make_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
             vision_config=vision,
             text_config=Qwen2Config(**TEXT, num_key_value_heads=2, **ids),
             image_token_id=image_token,
-            image_seq_length=576,
+            image_seq_length=VISUAL_TOKENS[family],
             tie_word_embeddings=True,
             **ids,
         )
-        return InternVLForConditionalGeneration(config)
+        model = InternVLForConditionalGeneration(config)
+        _start_with_waves(model.model.vision_tower.embeddings.position_embeddings[0])
+        return model
     text = {
         **TEXT,
         "num_key_value_heads": 2,
@@ -118,6 +123,19 @@ def make_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
         **ids,
     )
     return Qwen2VLForConditionalGeneration(config)
+
+
+@torch.no_grad()
+def _start_with_waves(positions: Tensor) -> None:
+    """Sine waves across and down the grid in a learnt position table [1 + h * h, C], so that neighbours look alike.
+
+    A table that starts at zero or at random costs thousands of steps before the tower sees what lies side by side.
+    """
+    side, quarter = round((len(positions) - 1) ** 0.5), positions.shape[1] // 4
+    place = torch.arange(side)[:, None] * 100.0 ** (-torch.arange(quarter) / quarter)  # [h, C / 4]
+    waves = torch.cat([place.sin(), place.cos()], 1) * 0.2  # [h, C / 2]
+    down, across = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    positions[1:] = torch.cat([down, across], 2).flatten(0, 1)
 
 
 def save_processor(family: str, folder: Path) -> None:
@@ -151,10 +169,10 @@ def save_processor(family: str, folder: Path) -> None:
 def image_placeholder(family: str) -> str:
     """What the processor puts in place of one picture's token."""
     if family == "llava":
-        return "<image>" * 744
+        return "<image>" * VISUAL_TOKENS[family]
     if family == "internvl":
-        return "<img>" + "<IMG_CONTEXT>" * 576 + "</img>"
-    return "<|image_pad|>" * 576
+        return "<img>" + "<IMG_CONTEXT>" * VISUAL_TOKENS[family] + "</img>"
+    return "<|image_pad|>" * VISUAL_TOKENS[family]
 
 
 def _normalised(images: Tensor) -> Tensor:
@@ -212,20 +230,28 @@ def vision_constants(family: str, model: PreTrainedModel, images: Tensor) -> dic
     return seen
 
 
-def visual_tokens(family: str, model: PreTrainedModel, images: Tensor, constants: dict[str, Any]) -> Tensor:
-    """Embeddings [B, V, 256] that stand in place of the picture's placeholder tokens."""
-    b = images.shape[0]
+def tower_outputs(family: str, model: PreTrainedModel, images: Tensor, constants: dict[str, Any]) -> Tensor:
+    """What the vision tower hands to the projector."""
     if family == "qwen2_vl":
         hidden = model.model.visual.patch_embed(_patches(_normalised(images)))
         for block in model.model.visual.blocks:
             hidden = block(hidden, **constants)
-        return model.model.visual.merger(hidden).view(b, 576, -1)
-    inputs = pixel_inputs(family, images)
+        return hidden
+    pixels = pixel_inputs(family, images)["pixel_values"]
+    if family == "llava":
+        pixels = pixels.flatten(0, 1)  # five tiles a picture
+    return model.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+
+
+def visual_tokens(family: str, model: PreTrainedModel, tower: Tensor) -> Tensor:
+    """Embeddings [B, V, 256] that stand in place of the picture's placeholder tokens."""
+    if family == "qwen2_vl":
+        return model.model.visual.merger(tower).view(-1, 576, 256)
     if family == "internvl":
-        tower = model.model.vision_tower(pixel_values=inputs["pixel_values"]).last_hidden_state[:, 1:]
+        b = tower.shape[0]
         grid = model.model.pixel_shuffle(tower.reshape(b, 48, 48, -1), scale_factor=0.5)
         return model.model.multi_modal_projector(grid.reshape(b, 576, -1))
-    tower = model.model.vision_tower(inputs["pixel_values"].flatten(0, 1)).last_hidden_state[:, 1:]
+    b = tower.shape[0] // 5
     features = model.model.multi_modal_projector(tower).view(b, 5, 144, -1)
     tiles = features[:, 1:].view(b, 2, 2, 12, 12, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, GRID, GRID, -1)
     newline = model.model.image_newline.to(tiles.dtype).expand(b, GRID, 1, -1)
@@ -285,7 +311,7 @@ def compile_layers(family: str, model: PreTrainedModel) -> None:
 def check_fast_path(family: str, model: PreTrainedModel, input_ids: Tensor, images: Tensor, first: int) -> float:
     """Largest difference of the last logits between the fast path and the model's own forward."""
     positions = position_ids(family, model, input_ids)
-    visual = visual_tokens(family, model, images, vision_constants(family, model, images))
+    visual = visual_tokens(family, model, tower_outputs(family, model, images, vision_constants(family, model, images)))
     _, hidden = text_hidden(model, input_ids, visual, first, positions)
     inputs = pixel_inputs(family, images)
     if family == "qwen2_vl":

@@ -46,6 +46,9 @@ LABELS = {
     "value": 14,  # 1-9 the value of a bar, 10-13 the size of an object
     "centre": 2,  # the middle of an object
 }
+# Maps of measures, 0 is "nothing there": where across the picture the object's centre lies (in 2 pixels), and its radius (in
+# quarters of a pixel). What is compared has to be known more finely than a cell.
+MEASURES = ("across", "radius")
 ALPHANUMERIC = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
@@ -54,7 +57,9 @@ class Sample:
     """One picture, its label maps (name -> uint8 [24, 24]) and its (task, question, answer) triples."""
 
     image: Image.Image
-    labels: dict[str, np.ndarray] = field(default_factory=lambda: {k: np.zeros((GRID, GRID), np.uint8) for k in LABELS})
+    labels: dict[str, np.ndarray] = field(
+        default_factory=lambda: {k: np.zeros((GRID, GRID), np.uint8) for k in (*LABELS, *MEASURES)}
+    )
     questions: list[tuple[str, str, str]] = field(default_factory=list)
 
 
@@ -135,6 +140,8 @@ def draw_scene(rng: np.random.Generator, questions: int) -> Sample:
         _mark(sample.labels["colour"], box, 1 + list(COLOURS).index(colour))
         _mark(sample.labels["shape"], box, 1 + SHAPES.index(shape))
         _mark(sample.labels["value"], box, 10 + int(np.digitize(r, (21, 28, 35))))
+        _mark(sample.labels["across"], box, round(x / 2))
+        _mark(sample.labels["radius"], box, round(4 * r))
         sample.labels["centre"][int(y / CELL), int(x / CELL)] = 1
     sample.questions = _scene_questions(rng, objects, colours, shapes, questions)
     return sample
@@ -168,8 +175,9 @@ def _scene_questions(
             if max(a[4], b[4]) >= 1.35 * min(a[4], b[4]):
                 large = names[i] if a[4] > b[4] else names[j]
                 relations.append(("relation", f"Which is larger, the {names[i]} or the {names[j]}?", large))
-    share = max(1, questions // 3)
-    chosen = _pick(rng, plain, share) + _pick(rng, counts, share) + _pick(rng, relations, share + questions % 3)
+    quarter, third = max(1, questions // 4), max(1, questions // 3)
+    chosen = _pick(rng, plain, quarter) + _pick(rng, counts, third)
+    chosen += _pick(rng, relations, max(1, questions - len(chosen)))
     return _pick(rng, chosen, questions)
 
 
@@ -240,7 +248,7 @@ def draw_chart(rng: np.random.Generator, questions: int) -> Sample:
 
 
 def draw_sample(seed: int, questions: int = 8) -> Sample:
-    """The picture of a seed: 60 % scenes, 15 % documents, 25 % charts. Same seed, same picture (same fonts given)."""
+    """The picture of a seed: 60 % scenes, 28 % documents, 12 % charts. Same seed, same picture (same fonts given)."""
     rng = np.random.default_rng(seed)
-    kind = rng.choice(3, p=(0.6, 0.15, 0.25))
+    kind = rng.choice(3, p=(0.6, 0.28, 0.12))
     return (draw_scene, draw_document, draw_chart)[kind](rng, questions)
