@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -152,24 +152,35 @@ def answer(
     return [text.strip() for text in texts], seconds, stats
 
 
+def encode_all(
+    processor: Any, model: "PreTrainedModel", questions: "Sequence[Question]", batch_size: int
+) -> "list[dict[str, torch.Tensor]]":
+    """The questions as batches of inputs, on the model's device: encoding a picture costs more than answering once."""
+    batches = (questions[start : start + batch_size] for start in range(0, len(questions), batch_size))
+    return [
+        encode(
+            processor,
+            model,
+            [chat_prompt(processor, question.question, picture=True) for question in batch],
+            [read_picture(question) for question in batch],
+        )
+        for batch in batches
+    ]
+
+
 def ask(
     processor: Any,
     model: "PreTrainedModel",
-    questions: "Sequence[Question]",
-    policies: "Sequence[ZipVLPolicy | None]",
-    *,
-    batch_size: int,
+    batches: "Sequence[dict[str, torch.Tensor]]",
+    policy: "ZipVLPolicy | None",
     advance: Callable[[int], None],
-) -> list[Answers]:
-    """Answer all questions under every policy, batch by batch; `advance` hears how many answers each step gave."""
-    results = [Answers() for _ in policies]
-    for batch in _batches(questions, batch_size):
-        prompts = [chat_prompt(processor, question.question, picture=True) for question in batch]
-        inputs = encode(processor, model, prompts, [read_picture(question) for question in batch])
-        for result, policy in zip(results, policies, strict=True):
-            result.add(*answer(processor, model, inputs, policy))
-            advance(len(batch))
-    return results
+) -> Answers:
+    """Answer encoded questions under a policy; `advance` hears how many answers each batch gave."""
+    given = Answers()
+    for inputs in batches:
+        given.add(*answer(processor, model, inputs, policy))
+        advance(len(inputs["input_ids"]))
+    return given
 
 
 def read_picture(question: "Question") -> "Image":
@@ -178,11 +189,6 @@ def read_picture(question: "Question") -> "Image":
 
     with Image.open(question.picture) as image:
         return image.convert("RGB")
-
-
-def _batches(questions: "Sequence[Question]", size: int) -> "Iterator[Sequence[Question]]":
-    for start in range(0, len(questions), size):
-        yield questions[start : start + size]
 
 
 def _synchronize(device: "torch.device") -> None:

@@ -50,7 +50,7 @@ def demo(
 
     questions = assets.take(limit)
     policy = ZipVLPolicy(tau=tau)
-    settings = {task: {DENSE: None, ZIPVL: policy} for task in questions}
+    settings = {DENSE: None, ZIPVL: policy}
     pictured = [task for task in (EASY_TASK, HARD_TASK) if task in questions] or list(questions)[:2]
     scores: list[Score] = []
     examples: list[Example] = []

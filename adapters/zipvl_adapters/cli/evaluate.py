@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,17 +68,15 @@ def evaluate(
     batch = default_batch(chosen)
     first = _policies(taus, all_rows=all_rows)
     runs = len(first) + (fixed + random) * sum(value < 1 for value in taus)
+    same_ratio = partial(_same_ratio, taus=taus, fixed=fixed, random=random)
     scores: list[Score] = []
     with reporting(runs * len(names) * sum(map(len, questions.values()))) as reporter:
         for name in names:
             reporter.say(f"{name}: loading")
             loaded, processor = open_model(str(assets.models[name]), device=chosen)
-            settings = dict.fromkeys(questions, first)
-            scores += score_model(name, processor, loaded, questions, settings, batch_size=batch, reporter=reporter)
-            if fixed or random:
-                found = [score for score in scores if score.model == name]
-                settings = {task: _same_ratio(found, task, taus, fixed, random) for task in questions}
-                scores += score_model(name, processor, loaded, questions, settings, batch_size=batch, reporter=reporter)
+            scores += score_model(
+                name, processor, loaded, questions, first, further=same_ratio, batch_size=batch, reporter=reporter
+            )
         reporter.say("drawing the plot")
         digest = hashlib.sha256((assets.folder / "heldout" / "manifest.json").read_bytes()).hexdigest()
         _write(out, scores, {"taus": taus, "limit": limit, "batch": batch, "manifest_sha256": digest}, chosen)
@@ -108,13 +107,13 @@ def _policies(taus: list[float], *, all_rows: bool) -> "dict[str, ZipVLPolicy | 
 
 
 def _same_ratio(
-    scores: list[Score], task: str, taus: list[float], fixed: bool, random: bool
+    scores: list[Score], *, taus: list[float], fixed: bool, random: bool
 ) -> "dict[str, ZipVLPolicy | None]":
-    """For every tau what keeps, in every layer, the share that ZipVL kept on average for this task."""
+    """For every tau what keeps, in every layer, the share that ZipVL kept on average for the task of the scores."""
     from zipvl_adapters import ZipVLPolicy
     from zipvl_adapters.cli.variants import RandomPolicy
 
-    ratios = {score.setting: score.kept_ratio for score in scores if score.task == task}
+    ratios = {score.setting: score.kept_ratio for score in scores}
     kinds = [(FIXED, ZipVLPolicy)] * fixed + [(RANDOM, RandomPolicy)] * random
     return {
         f"{start} {_name(tau)}": kind(keep_ratio=ratios[_name(tau)]) for start, kind in kinds for tau in taus if tau < 1

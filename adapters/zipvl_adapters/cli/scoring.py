@@ -1,10 +1,10 @@
 """How a shipped model does on the held-out questions: one score a model, task and setting."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from zipvl_adapters.cli.answering import Answers, ask
+from zipvl_adapters.cli.answering import Answers, ask, encode_all
 from zipvl_adapters.cli.assets import Question
 from zipvl_adapters.cli.progress import Reporter
 
@@ -62,20 +62,25 @@ def score_model(
     processor: Any,
     model: "PreTrainedModel",
     questions: Mapping[str, Sequence[Question]],
-    settings: "Mapping[str, Mapping[str, ZipVLPolicy | None]]",
+    settings: "Mapping[str, ZipVLPolicy | None]",
     *,
+    further: "Callable[[list[Score]], Mapping[str, ZipVLPolicy | None]] | None" = None,
     batch_size: int,
     reporter: Reporter,
 ) -> list[Score]:
-    """Score a model on every task under that task's settings (task to name of a setting to its policy)."""
-    scores = []
+    """Score a model on every task under `settings`, and then under those that `further` makes of a task's scores."""
+    scores: list[Score] = []
+    rounds = [lambda found: settings, *([further] if further else [])]
     for task, asked in questions.items():
         reporter.say(f"{name}: {task}")
-        policies = settings[task]
-        answers = ask(processor, model, asked, list(policies.values()), batch_size=batch_size, advance=reporter.advance)
-        by_setting = dict(zip(policies, answers, strict=True))
-        for setting, given in by_setting.items():
-            scores.append(_score(name, task, setting, asked, given, by_setting.get(DENSE)))
+        batches = encode_all(processor, model, asked, batch_size)
+        dense, found = None, list[Score]()
+        for wanted in rounds:
+            for setting, policy in wanted(found).items():
+                given = ask(processor, model, batches, policy, reporter.advance)
+                dense = given if setting == DENSE else dense
+                found.append(_score(name, task, setting, asked, given, dense))
+        scores += found
     return scores
 
 
