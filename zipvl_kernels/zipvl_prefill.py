@@ -128,7 +128,7 @@ def _zipvl_prefill_(
     pool: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = resolve("zipvl_prefill_", backend)
+    implementation = resolve("zipvl_prefill_", backend, q.device.type)
     result: tuple[Tensor, Tensor, Tensor] = implementation(
         q,
         k,
