@@ -16,7 +16,9 @@ _DISTRIBUTIONS = {"triton": ("triton",), "cuda": ("cupy-cuda13x", "cupy-cuda12x"
 # The GPU backends of each operator, best first; "auto" takes the first that this machine can run. An implementation is
 # the function of the operator's name in `zipvl_kernels._BACKEND.STEM`, with the signature of its twin in
 # `zipvl_reference`.
-_IMPLEMENTED: dict[str, tuple[str, ...]] = {}
+_IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "sparse_attention": ("triton",),
+}
 
 
 def backends() -> dict[str, str]:
