@@ -148,6 +148,7 @@ q, k, v, indices, counts = tensors()
         (ValueError, "scale: .*inf", {"scale": float("inf")}),
         (ValueError, "backend: .*None", {"backend": None}),
         (ValueError, "backend: .*'fastest'", {"backend": "fastest"}),
+        ((RuntimeError, ValueError), "backend='cuda'", {"backend": "cuda"}),  # not there, or these are on the CPU
     ],
 )
 def test_errors(error, match, changed):

@@ -15,9 +15,10 @@ _DISTRIBUTIONS = {"triton": ("triton",), "cuda": ("cupy-cuda13x", "cupy-cuda12x"
 
 # The GPU backends of each operator, best first; "auto" takes the first that this machine can run. An implementation is
 # the function of the operator's name in `zipvl_kernels._BACKEND.STEM`, with the signature of its twin in
-# `zipvl_reference`.
+# `zipvl_reference`. Where it takes some arguments only, `lacks` beside it, with the same signature, says why not, and
+# "auto" goes on to the next.
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "sparse_attention": ("triton",),
+    "sparse_attention": ("cuda", "triton"),
 }
 
 
@@ -41,19 +42,38 @@ def resolve(operator: str, backend: str, device_type: str) -> Callable[..., Any]
         raise ValueError(f"backend: expected one of {('auto', *NAMES)}, got {backend!r}")
     implemented = _IMPLEMENTED.get(operator, ())
     if backend == "auto":
-        usable = implemented if device_type == "cuda" else ()
-        backend = next((name for name in usable if not _missing(name)), "reference")
+        usable = [name for name in implemented if not _missing(name)] if device_type == "cuda" else []
+        found = [_load(operator, name) for name in usable] + [_load(operator, "reference")]
+        return _first_that_can(found) if found[0][1] else found[0][0]
     if backend == "reference":
-        implementation: Callable[..., Any] = getattr(zipvl_reference, operator)
-        return implementation
+        return _load(operator, backend)[0]
     why = f"there is no {backend} kernel of this operator" if backend not in implemented else _missing(backend)
     if why:
         raise RuntimeError(f"backend={backend!r} is not available for {operator}: {why}; use 'auto' or 'reference'")
     if device_type != "cuda" and not (backend == "triton" and _interpreting()):
         raise ValueError(f"backend={backend!r}: expected CUDA tensors for {operator}, got tensors on {device_type}")
-    stem = operator.removesuffix("_")
-    implementation = getattr(import_module(f"zipvl_kernels._{backend}.{stem}"), operator)
-    return implementation
+    return _load(operator, backend)[0]
+
+
+_Pair = tuple[Callable[..., Any], Callable[..., str] | None]
+
+
+def _load(operator: str, backend: str) -> _Pair:
+    """An implementation, and its `lacks` if it takes some arguments only."""
+    if backend == "reference":
+        return getattr(zipvl_reference, operator), None
+    module = import_module(f"zipvl_kernels._{backend}.{operator.removesuffix('_')}")
+    return getattr(module, operator), getattr(module, "lacks", None)
+
+
+def _first_that_can(found: list[_Pair]) -> Callable[..., Any]:
+    """The first implementation that takes the arguments of a call."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        implementation = next(fn for fn, lacks in found if lacks is None or not lacks(*args, **options))
+        return implementation(*args, **options)
+
+    return run
 
 
 def _missing(backend: str) -> str:

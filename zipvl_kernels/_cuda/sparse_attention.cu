@@ -29,7 +29,6 @@ constexpr u32 Q_BAND = ROWS * 128;          // bytes
 constexpr u32 Q_HALF = BANDS * Q_BAND;      // of one consumer
 constexpr u32 KV_BAND = TILE * 128;
 constexpr u32 KV_TILE = BANDS * KV_BAND;
-constexpr float INFINITE = __builtin_huge_valf();
 
 struct alignas(64) TensorMap {
     u64 opaque[16];
@@ -52,6 +51,8 @@ struct Params {
     float scale;        // in powers of two, positive
 };
 
+static_assert(sizeof(Params) == 448, "the launcher packs so much");
+
 struct Item {
     int b, g, head, kv, tile, count, start;  // tile < 0: no more work
 };
@@ -64,7 +65,9 @@ struct Shared {
     int first_item[MAX_SETS], first_tile[MAX_SETS], tiles[MAX_SETS];
 };
 
+// Shared memory: two buffers of queries, the rings of K and V, then the rest.
 constexpr u32 Q_AT = 0, K_AT = Q_AT + 2 * 2 * Q_HALF, V_AT = K_AT + STAGES * KV_TILE, SHARED_AT = V_AT + STAGES * KV_TILE;
+static_assert(sizeof(Shared) <= 8192, "the launcher allows for so much");
 
 // --- barriers and copies -------------------------------------------------------------------------------------------
 
@@ -109,6 +112,46 @@ __device__ __forceinline__ void pass_turn(int barrier) {
 // Ordinary writes to shared memory before this are seen by the tensor cores and TMA after the next barrier.
 __device__ __forceinline__ void publish_to_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barriers_ready() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_to_async_proxy();
+}
+
+// 16 bytes into shared memory, zeros in place of `bytes` = 0 of them.
+__device__ __forceinline__ void copy_16_async(u32 to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ void store_4(u32 to, u32 x) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_16(u32 to, uint4 x) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 load_16(u32 from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
 __device__ __forceinline__ void load_tile(u32 to, const TensorMap& map, u64& full, int row, int head, int b) {
@@ -193,6 +236,22 @@ __device__ __forceinline__ void multiply(float (&o)[32], const u32* a, u64 b, in
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 both;
+#if HALF
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
+    return both;
+}
+
 __device__ __forceinline__ void issue_scores(float (&s)[64], u32 q, u32 k) {
     u64 a = operand(q, 16), b = operand(k, 16);
 #pragma unroll
@@ -210,22 +269,6 @@ __device__ __forceinline__ void issue_values(float (&o)[D / 2], const u32 (&p)[3
 }
 
 // --- arithmetic of a thread: rows r and r + 8 of a tile; x[4 j + 2 h + i] is row r + 8 h, column 8 j + 2 (lane % 4) + i --
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 both;
-#if HALF
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#endif
-    return both;
-}
 
 __device__ __forceinline__ float max_of_four_lanes(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
@@ -368,10 +411,9 @@ __device__ void gather_queries(const Params& p, const Item& x, int half, int* ro
         int at = row[r];
         const u16* from = q + (at < 0 ? 0 : at) * p.q_m + chunk * 8;
         u32 place = to + (chunk / 8) * Q_BAND + r * 128 + ((chunk % 8 ^ r % 8) << 4);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(at < 0 ? 0 : 16)
-                     : "memory");
+        copy_16_async(place, from, at < 0 ? 0 : 16);
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_for_copies();
     publish_to_async_proxy();
 }
 
@@ -481,7 +523,7 @@ __device__ void consume(const Params& p, Shared& sh, u32 q_at, u32 k_at, u32 v_a
         if (lane == 0) arrive(sh.k_empty[stage]);
 #pragma unroll
         for (int i = 0; i < 64; ++i)
-            if (i / 4 * 8 + lane % 4 * 2 + i % 2 > half * ROWS + r + i / 2 % 2 * 8) s[i] = -INFINITE;
+            if (i / 4 * 8 + lane % 4 * 2 + i % 2 > half * ROWS + r + i / 2 % 2 * 8) s[i] = -__int_as_float(0x7f800000);  // infinity
         soften<true>(s, largest, total, shrink, p.scale);
         as_operand(weights, s);
         int held = sh.item[slot].count - tile * TILE;
@@ -490,10 +532,7 @@ __device__ void consume(const Params& p, Shared& sh, u32 q_at, u32 k_at, u32 v_a
             for (int i = held * 8 + thread; i < TILE * 8; i += 128)
 #pragma unroll
                 for (int band = 0; band < BANDS; ++band)
-                    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v_at + stage * KV_TILE +
-                                                                                  band * KV_BAND + i * 16),
-                                 "r"(0)
-                                 : "memory");
+                    store_16(v_at + stage * KV_TILE + band * KV_BAND + i * 16, make_uint4(0, 0, 0, 0));
             publish_to_async_proxy();
             sync_threads<128>(MINE);
         }
@@ -543,8 +582,7 @@ __device__ void consume(const Params& p, Shared& sh, u32 q_at, u32 k_at, u32 v_a
 #pragma unroll
             for (int j = 0; j < CHUNKS; ++j) {
                 u32 place = q + (j / 8) * Q_BAND + (r + 8 * h) * 128 + ((j % 8 ^ r % 8) << 4) + lane % 4 * 4;
-                u32 both = pack(o[4 * j + 2 * h] * share, o[4 * j + 2 * h + 1] * share);
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(place), "r"(both) : "memory");
+                store_4(place, pack(o[4 * j + 2 * h] * share, o[4 * j + 2 * h + 1] * share));
             }
         }
         __syncwarp();
@@ -554,11 +592,7 @@ __device__ void consume(const Params& p, Shared& sh, u32 q_at, u32 k_at, u32 v_a
         for (int i = lane / CHUNKS; i < 16; i += 32 / CHUNKS) {
             int row = sh.row[slot][half * ROWS + warp * 16 + i], chunk = lane % CHUNKS;
             u32 place = q + (chunk / 8) * Q_BAND + (warp * 16 + i) * 128 + ((chunk % 8 ^ i % 8) << 4);
-            uint4 values;
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(values.x), "=r"(values.y), "=r"(values.z), "=r"(values.w)
-                         : "r"(place)
-                         : "memory");
+            uint4 values = load_16(place);
             if (row >= 0) out[(i64)row * CHUNKS] = values;
         }
         __syncwarp();
@@ -584,14 +618,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) sparse_attention(const __gr
             barrier_init(sh.k_empty[i], 8);
             barrier_init(sh.v_empty[i], 8);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        publish_to_async_proxy();
+        barriers_ready();
     }
     __syncthreads();
 
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp < 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+        give_registers<PRODUCER_REGISTERS>();
         if (warp == 0) {
             if (lane == 0) serve_keys(p, sh, base + K_AT, base + V_AT);
         } else if (warp < 3) {
@@ -600,7 +633,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) sparse_attention(const __gr
             clear_rows(p, lane);
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+        take_registers<CONSUMER_REGISTERS>();
         consume(p, sh, base + Q_AT, base + K_AT, base + V_AT, warp / 4 - 1, threadIdx.x % 128);
     }
 }
