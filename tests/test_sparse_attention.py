@@ -63,6 +63,35 @@ def test_triton_takes_any_scale_and_many_zero_rows(scale):
     torch.testing.assert_close(out, wanted)
 
 
+HOPPER = zk.backends()["cuda"] == "available" and torch.cuda.get_device_capability() == (9, 0)
+hopper = pytest.mark.skipif(not HOPPER, reason="needs CuPy and a GPU of compute capability 9.0")
+
+
+@hopper
+@pytest.mark.parametrize("max_tokens", [48, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_contract_cuda(dtype, max_tokens):
+    """By "auto", which leaves keys in place and rows that are not aligned to Triton."""
+    check_sparse_attention(
+        zk.sparse_attention, device="cuda", dtype=dtype, derandomize=True, head_dims=(64, 128), max_tokens=max_tokens
+    )
+
+
+@hopper
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"D": 80}, "q: .*64 or 128"),
+        ({"D": 64, "dtype": torch.float32}, "q: .*float16 or bfloat16"),
+        ({"D": 64, "dtype": torch.float16}, "kv_compacted: .*True"),
+    ],
+)
+def test_cuda_says_what_it_lacks(changed, match):
+    arguments = (x.to("cuda") for x in tensors(**changed))
+    with pytest.raises(ValueError, match=match):
+        zk.sparse_attention(*arguments, backend="cuda")
+
+
 def test_triton_refuses_wide_heads():
     pytest.importorskip("triton")
     arguments = (x.to(DEVICE) for x in tensors(D=257))

@@ -492,7 +492,7 @@ __device__ void clear_rows(const Params& p, int lane) {
             uint4* out = (uint4*)(p.out + ((i64)(b * p.Hq + head) * p.M + first) * D) + lane % CHUNKS;
 #pragma unroll 4
             for (int r = lane / CHUNKS; r < 32; r += 32 / CHUNKS)
-                if (first + r < p.M && !(kept >> r & 1)) out[r * CHUNKS] = make_uint4(0, 0, 0, 0);
+                if (first + r < p.M && !(kept >> r & 1)) __stcs(out + r * CHUNKS, make_uint4(0, 0, 0, 0));
         }
     }
 }
