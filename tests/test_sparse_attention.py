@@ -1,7 +1,10 @@
 """`sparse_attention`: the property check, examples, errors, registration."""
 
 import importlib
+import shutil
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +78,23 @@ def test_contract_cuda(dtype, max_tokens):
     check_sparse_attention(
         zk.sparse_attention, device="cuda", dtype=dtype, derandomize=True, head_dims=(64, 128), max_tokens=max_tokens
     )
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("D", "half", "stages"), [(128, 0, 2), (64, 1, 4)])
+def test_hopper_kernel_compiles_without_spills(tmp_path, D, half, stages):
+    """Nor with a warning, which is how ptxas says that it made the tensor cores wait."""
+    source = Path(zk.__file__).parent / "_cuda" / "sparse_attention.cu"
+    defined = {"HEAD_DIM": D, "HALF": half, "STAGES": stages, "TAKE_TURNS": 1}
+    defined |= {"CONSUMER_REGISTERS": 232, "PRODUCER_REGISTERS": 40}
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
+    macros = [f"-D{name}={value}" for name, value in defined.items()]
+    done = subprocess.run(["nvcc", *target, *macros, source], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said
+    assert "Used 168 registers" in said
+    assert "warning" not in said
 
 
 @hopper

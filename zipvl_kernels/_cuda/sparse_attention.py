@@ -227,7 +227,8 @@ class _Tickets:
         self.address = self.counters.data_ptr()
         self.taken = 0
         self.of_stream: dict[int, int] = {}
-        torch.cuda.synchronize(device)  # once: another stream may be the first to count
+        self.zeroed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.zeroed.record(torch.cuda.current_stream(device))
 
     def take(self) -> int:
         self.taken += 1
@@ -237,6 +238,7 @@ class _Tickets:
         if torch.cuda.is_current_stream_capturing():
             return self.take()
         if stream not in self.of_stream:
+            torch.cuda.current_stream(self.counters.device).wait_event(self.zeroed)
             self.of_stream[stream] = self.take()
         return self.of_stream[stream]
 
