@@ -18,6 +18,9 @@ _DISTRIBUTIONS = {"triton": ("triton",), "cuda": ("cupy-cuda13x", "cupy-cuda12x"
 # `zipvl_reference`. Where it takes some arguments only, `lacks` beside it, with the same signature, says why not, and
 # "auto" goes on to the next.
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "probe_rows": ("triton",),
+    "score_tokens": ("triton",),
+    "decode_attention": ("triton",),
     "sparse_attention": ("cuda", "triton"),
 }
 
