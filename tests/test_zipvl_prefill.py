@@ -9,8 +9,6 @@ import zipvl_reference
 from zipvl_reference.testing import check_zipvl_prefill
 
 import zipvl_kernels as zk
-from zipvl_kernels._backends import _IMPLEMENTED
-from zipvl_kernels.zipvl_prefill import STEPS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,16 +25,12 @@ def test_contract(package, dtype):
     check_zipvl_prefill(package.zipvl_prefill_, dtype=dtype, derandomize=True)
 
 
-LACKING = [step for step in STEPS if "triton" not in _IMPLEMENTED.get(step, ())]
-
-
-@pytest.mark.skipif(bool(LACKING), reason=f"no Triton kernel yet of {LACKING}")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_contract_triton(dtype):
     pytest.importorskip("triton")
     fn = partial(zk.zipvl_prefill_, backend="triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_zipvl_prefill(fn, device=device, dtype=dtype, derandomize=True, max_examples=10)
+    check_zipvl_prefill(fn, device=device, dtype=dtype, derandomize=True, max_examples=4)
 
 
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])

@@ -20,8 +20,10 @@ _DISTRIBUTIONS = {"triton": ("triton",), "cuda": ("cupy-cuda13x", "cupy-cuda12x"
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "probe_rows": ("triton",),
     "score_tokens": ("triton",),
-    "decode_attention": ("triton",),
+    "select_tokens": ("triton",),
+    "compact_kv_": ("triton",),
     "sparse_attention": ("cuda", "triton"),
+    "decode_attention": ("triton",),
 }
 
 

@@ -32,7 +32,7 @@ def decode_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention with the last query row at the last used row, as `q`; log-sum-exp of the scores, `[B, Hq, M]`."""
+    """Causal attention, the last query row at the last used row, as `q`; log-sum-exp of the scores, `[B, Hq, M]`."""
     config = tiles(q.dtype, q.shape[3])
     out, lse = launch(q, k, v, seqused_k, scale, return_lse, SPLIT, *config)
     return out if lse is None else (out, lse)

@@ -1,4 +1,4 @@
-"""`probe_rows` in Triton, one launch: every program draws its rows, and counts which of all drawn rows are below them."""
+"""`probe_rows` in Triton, one launch: every program draws its rows, and counts how many drawn rows are below each."""
 
 import torch
 import triton

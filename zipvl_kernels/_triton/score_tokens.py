@@ -18,11 +18,11 @@ MAX_HEAD_DIM = 256
 PROGRAMS = 264  # two for each multiprocessor of an H200: work is split until there are about so many
 
 
-def tiles(dtype: torch.dtype, D: int) -> tuple[int, int, int, int]:
-    """`(block_p, block_n, num_warps, num_stages)`: probes and columns of a tile, warps, and tiles in flight."""
+def tiles(dtype: torch.dtype, D: int) -> tuple[int, int, int, tuple[int, int]]:
+    """`(block_p, block_n, num_warps, num_stages)`: probes and columns of a tile, warps, tiles in flight per launch."""
     if dtype == torch.float32:  # no tensor cores at full precision
-        return (32, 32, 4, 2) if D <= 128 else (32, 16, 4, 2)
-    return (128, 128, 8, 3) if D <= 128 else (64, 64, 4, 2)
+        return (32, 32, 4, (2, 1)) if D <= 128 else (32, 16, 4, (2, 1))
+    return (128, 128, 8, (3, 2)) if D <= 128 else (64, 64, 4, (2, 1))
 
 
 def score_tokens(
@@ -53,7 +53,7 @@ def launch(
     block_p: int,
     block_n: int,
     num_warps: int,
-    num_stages: int,
+    num_stages: tuple[int, int],
     programs: int = PROGRAMS,
 ) -> tuple[Tensor, Tensor]:
     """The operator with tiles of a given size."""
@@ -107,9 +107,8 @@ def launch(
         "BLOCK_N": block_n,
         "UPCAST": interpreting(),
         "num_warps": num_warps,
-        "num_stages": num_stages,
     }
-    _row_statistics[(splits * parts, Hq, B)](*common, per_split, parts, **options)
+    _row_statistics[(splits * parts, Hq, B)](*common, per_split, parts, num_stages=num_stages[0], **options)
     _column_sums[(columns, shares * G, B)](
         *common,
         accumulated,
@@ -121,6 +120,7 @@ def launch(
         per_share,
         SPLITS=triton.next_power_of_2(splits),
         SHARES=triton.next_power_of_2(shares),
+        num_stages=num_stages[1],
         **options,
     )
     return accumulated, normalized
@@ -271,32 +271,31 @@ def _column_sums(  # type: ignore[no-untyped-def]
     k += b * k_b + j.to(tl.int64)[None, :] * k_n + d[:, None]
     q += b * q_b + d
 
-    for i in range(tl.minimum(per_share, heads - share * per_share)):
-        h = g * heads + share * per_share + i
-        mask = valid & (d < D)[:, None]
-        K = tl.load(k + (h // (Hq // Hkv)).to(tl.int64) * k_h, mask=mask, other=0)  # [D, N]
-        if UPCAST:
-            K = K.to(tl.float32)
-        for p0 in range(0, P, BLOCK_P):
-            p = p0 + tl.arange(0, BLOCK_P)  # [P]
-            row, at = _probes(probe_rows + b * rows_b + p * rows_p, p, P, M, start, first, end)
-            if tl.max(at, 0) >= tile * BLOCK_N:
-                place = q + h.to(tl.int64) * q_h + row.to(tl.int64)[:, None] * q_m
-                Q = tl.load(place, mask=(at >= 0)[:, None] & (d < D), other=0)  # [P, D]
+    for p0 in range(0, P, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)  # [P]
+        row, at = _probes(probe_rows + b * rows_b + p * rows_p, p, P, M, start, first, end)
+        if tl.max(at, 0) >= tile * BLOCK_N:  # else none of them sees the tile
+            place = q + row.to(tl.int64)[:, None] * q_m
+            counts = (at >= 0)[:, None] & (d < D)
+            sees = valid & (j <= at[:, None])  # [P, N]
+            there = (s < splits)[:, None] & (p < P)
+            for i in range(tl.minimum(per_share, heads - share * per_share)):
+                h = g * heads + share * per_share + i
+                K = tl.load(k + (h // (Hq // Hkv)).to(tl.int64) * k_h, mask=valid & (d < D)[:, None], other=0)  # [D, N]
+                Q = tl.load(place + h.to(tl.int64) * q_h, mask=counts, other=0)  # [P, D]
                 if UPCAST:
-                    Q = Q.to(tl.float32)
+                    K, Q = K.to(tl.float32), Q.to(tl.float32)
                 # What the splits found, put together.
                 found = statistics + ((b * Hq + h) * 2 * splits + s[:, None]) * P + p  # [S, P]
-                there = (s < splits)[:, None] & (p < P)
                 largest = tl.load(found, mask=there, other=-float("inf"))
                 total = tl.load(found + splits * P, mask=there, other=0)
                 above = tl.max(largest, 0)
                 base = tl.where(above == -float("inf"), 0, above)
                 total = tl.sum(total * tl.exp2(largest - base), 0)  # [P]
                 offset = base + tl.log2(tl.where(total > 0, total, 1))
-                scores = tl.dot(Q, K, input_precision="ieee") * scale  # [P, N]
-                scores = tl.where(valid & (j <= at[:, None]), scores - offset[:, None], -float("inf"))
-                sums += tl.sum(tl.exp2(scores), 0)
+                scores = tl.dot(Q, K, input_precision="ieee") * scale - offset[:, None]  # [P, N]
+                scores = tl.dot(Q, K, input_precision="ieee") * scale - offset[:, None]  # [P, N]
+                sums += tl.sum(tl.exp2(tl.where(sees, scores, -float("inf"))), 0)
 
     if SHARES > 1:
         mine = (b * G + g) * shares
