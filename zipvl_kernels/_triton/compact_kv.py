@@ -51,7 +51,7 @@ def compact_kv_(
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _below(columns, stride, count, column, steps):  # type: ignore[no-untyped-def]
     """How many of the ascending columns are below `column`."""
     low = count * 0

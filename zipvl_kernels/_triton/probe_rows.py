@@ -27,7 +27,7 @@ def probe_rows(
     return rows
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _mix(x):  # type: ignore[no-untyped-def]
     """As in the reference: a bijection of 32-bit numbers, held in 64 bits."""
     x = x ^ (x >> 16)

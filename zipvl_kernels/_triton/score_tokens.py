@@ -126,7 +126,7 @@ def launch(
     return accumulated, normalized
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _bounds(q_start, leftpad_k, seqused_k, b, default_start, N):  # type: ignore[no-untyped-def]
     """Column of query row 0, first valid column, and end of the valid columns."""
     start = default_start
@@ -141,7 +141,7 @@ def _bounds(q_start, leftpad_k, seqused_k, b, default_start, N):  # type: ignore
     return start, first, end
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _probes(rows, p, P, M, start, first, end):  # type: ignore[no-untyped-def]
     """Row of each probe, and the last column that it sees, -1 for a probe that does not count."""
     row = tl.load(rows, mask=p < P, other=-1)  # [P]

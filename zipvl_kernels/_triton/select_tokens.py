@@ -57,7 +57,7 @@ def _bits(x: float | None) -> int:
     return int(struct.unpack("<q", struct.pack("<d", x))[0])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _masses(accumulated, j, valid):  # type: ignore[no-untyped-def]
     """floor(a * 2**32) as int64, saturating; 0 where not valid, not finite or not positive."""
     a = tl.load(accumulated + j, mask=valid, other=0).to(tl.float64)
@@ -67,7 +67,7 @@ def _masses(accumulated, j, valid):  # type: ignore[no-untyped-def]
     return tl.where(scaled < 9223372036854775808.0, mass, 9223372036854775807)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _keys(normalized, j, valid, forced):  # type: ignore[no-untyped-def]
     """int64 in the order of preference: -1 not valid, 0 a NaN, 1 to 2**32 a number, 2**33 forced."""
     x = tl.load(normalized + j, mask=valid, other=0)
@@ -193,7 +193,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(counts + b * tl.num_programs(0) + g, p)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _together(low, high):  # type: ignore[no-untyped-def]
     """low + high * 2**32, at most 2**63 - 1."""
     high += low >> 32
