@@ -1,6 +1,7 @@
 """`compact_kv_`: the property check, examples, errors, registration."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from zipvl_reference.testing import check_compact_kv
 import zipvl_kernels as zk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tensors(B=2, Hkv=2, N=9, D=4, dtype=torch.float32):
@@ -23,6 +25,15 @@ def tensors(B=2, Hkv=2, N=9, D=4, dtype=torch.float32):
 @pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
 def test_contract(package, dtype):
     check_compact_kv(package.compact_kv_, dtype=dtype, derandomize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [64, 4])
+def test_contract_triton(monkeypatch, dtype, rows):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(importlib.import_module("zipvl_kernels._triton.compact_kv"), "ROWS", rows)
+    fn = partial(zk.compact_kv_, backend="triton")
+    check_compact_kv(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=30)
 
 
 def test_contract_over_several_chunks(monkeypatch):

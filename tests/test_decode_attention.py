@@ -1,5 +1,8 @@
 """`decode_attention`: the property check, examples, errors, registration."""
 
+import importlib
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from zipvl_reference.testing import check_decode_attention
 import zipvl_kernels as zk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tensors(B=2, Hq=4, Hkv=2, M=2, N=9, D=8, dtype=torch.float32):
@@ -22,6 +26,22 @@ def tensors(B=2, Hq=4, Hkv=2, M=2, N=9, D=8, dtype=torch.float32):
 @pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
 def test_contract(package, dtype):
     check_decode_attention(package.decode_attention, dtype=dtype, derandomize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contract_triton(dtype):
+    pytest.importorskip("triton")
+    fn = partial(zk.decode_attention, backend="triton")
+    check_decode_attention(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=5)
+
+
+def test_contract_triton_over_several_splits(monkeypatch):
+    pytest.importorskip("triton")
+    module = importlib.import_module("zipvl_kernels._triton.decode_attention")
+    monkeypatch.setattr(module, "SPLIT", 16)
+    monkeypatch.setattr(module, "tiles", lambda dtype, D: (16, 4, 1))
+    fn = partial(zk.decode_attention, backend="triton")
+    check_decode_attention(fn, device=DEVICE, derandomize=True, max_examples=5)
 
 
 def test_last_rows_of_dense_attention():
@@ -90,7 +110,7 @@ q, k, v, used = tensors()
         (TypeError, "seqused_k: .*int32.*int64", {"seqused_k": used.long()}),
         (ValueError, r"seqused_k: .*\[2\] or \[2, 2\].*\[2, 4\]", {"seqused_k": used[:, None].expand(2, 4)}),
         (TypeError, "scale: .*True", {"scale": True}),
-        (RuntimeError, "backend='triton'.*decode_attention", {"backend": "triton"}),
+        (RuntimeError, "backend='cuda'.*decode_attention", {"backend": "cuda"}),
     ],
 )
 def test_errors(error, match, changed):

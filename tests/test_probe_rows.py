@@ -1,5 +1,7 @@
 """`probe_rows`: the property check, examples, errors, registration."""
 
+import importlib
+
 import pytest
 import torch
 import zipvl_reference
@@ -11,6 +13,24 @@ import zipvl_kernels as zk
 @pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
 def test_contract(package):
     check_probe_rows(package.probe_rows, derandomize=True)
+
+
+def test_triton_draws_the_same():
+    pytest.importorskip("triton")
+    drawn = importlib.import_module("zipvl_kernels._triton.probe_rows").probe_rows
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for num_rows, num_recent, num_random, seed in [
+        (1000, 64, 64, 0),
+        (131072, 64, 64, 3 * 65537 + 1),
+        (50, 10, 300, 5),
+        (1, 64, 64, 2),
+        (65, 64, 64, 1),
+        (1000, 0, 5, 2**63 - 1),
+        (700, 64, 200, -5),
+    ]:
+        sizes = {"num_recent": num_recent, "num_random": num_random, "seed": seed}
+        wanted = zipvl_reference.probe_rows(num_rows, **sizes)
+        assert torch.equal(drawn(num_rows, **sizes, device=device).cpu(), wanted)
 
 
 def test_defaults():

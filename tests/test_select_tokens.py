@@ -1,6 +1,8 @@
 """`select_tokens`: the property check, every line of the rule by example, errors, registration."""
 
+import importlib
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import zipvl_reference
 from zipvl_reference.testing import check_select_tokens
 
 import zipvl_kernels as zk
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 UNIT = 2.0**-32  # the score whose mass is 1
 FREE = {"keep_first": 0, "keep_recent": 0}
@@ -30,6 +34,19 @@ def select(accumulated, normalized=None, **options):
 @pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
 def test_contract(package, dtype):
     check_select_tokens(package.select_tokens, dtype=dtype, derandomize=True)
+
+
+def test_contract_triton():
+    pytest.importorskip("triton")
+    fn = partial(zk.select_tokens, backend="triton")
+    check_select_tokens(fn, device=DEVICE, derandomize=True, max_examples=20)
+
+
+def test_contract_triton_over_several_tiles(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(importlib.import_module("zipvl_kernels._triton.select_tokens"), "BLOCK", 16)
+    fn = partial(zk.select_tokens, backend="triton")
+    check_select_tokens(fn, device=DEVICE, derandomize=True, max_examples=2)
 
 
 def test_mass_rounds_down():

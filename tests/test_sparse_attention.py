@@ -1,6 +1,10 @@
 """`sparse_attention`: the property check, examples, errors, registration."""
 
 import importlib
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from zipvl_reference.testing import check_sparse_attention
 import zipvl_kernels as zk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tensors(B=2, Hq=4, Hkv=2, M=9, N=9, D=8, dtype=torch.float32):
@@ -31,6 +36,87 @@ def test_contract(package, dtype):
 def test_contract_over_several_row_blocks(monkeypatch):
     monkeypatch.setattr(importlib.import_module("zipvl_reference.sparse_attention"), "ROWS", 5)
     check_sparse_attention(zk.sparse_attention, derandomize=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contract_triton(dtype):
+    pytest.importorskip("triton")
+    fn = partial(zk.sparse_attention, backend="triton")
+    check_sparse_attention(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=15)
+
+
+@pytest.mark.parametrize("tiles", [(16, 16), (32, 16), (16, 32)])
+def test_contract_triton_over_several_tiles(tiles):
+    """Tiles small enough for a few on and below the diagonal, and for keys of a tile to differ in number."""
+    pytest.importorskip("triton")
+    launch = importlib.import_module("zipvl_kernels._triton.sparse_attention").launch
+
+    def fn(q, k, v, indices, counts, *, scale=None, q_start=None, kv_compacted=False):
+        return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *tiles, num_warps=4, num_stages=2)
+
+    check_sparse_attention(fn, device=DEVICE, derandomize=True, max_examples=10)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.7])
+def test_triton_takes_any_scale_and_many_zero_rows(scale):
+    pytest.importorskip("triton")
+    q, k, v, indices, counts = (x.to(DEVICE) for x in tensors(Hq=20, M=140, N=140, D=80))
+    out = zk.sparse_attention(q, k, v, indices, counts, scale=scale, backend="triton")
+    wanted = zk.sparse_attention(q, k, v, indices, counts, scale=scale, backend="reference")
+    torch.testing.assert_close(out, wanted)
+
+
+HOPPER = zk.backends()["cuda"] == "available" and torch.cuda.get_device_capability() == (9, 0)
+hopper = pytest.mark.skipif(not HOPPER, reason="needs CuPy and a GPU of compute capability 9.0")
+
+
+@hopper
+@pytest.mark.parametrize("max_tokens", [48, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_contract_cuda(dtype, max_tokens):
+    """By "auto", which leaves keys in place and rows that are not aligned to Triton."""
+    check_sparse_attention(
+        zk.sparse_attention, device="cuda", dtype=dtype, derandomize=True, head_dims=(64, 128), max_tokens=max_tokens
+    )
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("D", "half", "stages"), [(128, 0, 2), (64, 1, 4)])
+def test_hopper_kernel_compiles_without_spills(tmp_path, D, half, stages):
+    """Nor with a warning, which is how ptxas says that it made the tensor cores wait."""
+    source = Path(zk.__file__).parent / "_cuda" / "sparse_attention.cu"
+    defined = {"HEAD_DIM": D, "HALF": half, "STAGES": stages, "TAKE_TURNS": 1}
+    defined |= {"CONSUMER_REGISTERS": 232, "PRODUCER_REGISTERS": 40}
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
+    macros = [f"-D{name}={value}" for name, value in defined.items()]
+    done = subprocess.run(["nvcc", *target, *macros, source], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said
+    assert "Used 168 registers" in said
+    assert "warning" not in said
+
+
+@hopper
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"D": 80}, "q: .*64 or 128"),
+        ({"D": 64, "dtype": torch.float32}, "q: .*float16 or bfloat16"),
+        ({"D": 64, "dtype": torch.float16}, "kv_compacted: .*True"),
+    ],
+)
+def test_cuda_says_what_it_lacks(changed, match):
+    arguments = (x.to("cuda") for x in tensors(**changed))
+    with pytest.raises(ValueError, match=match):
+        zk.sparse_attention(*arguments, backend="cuda")
+
+
+def test_triton_refuses_wide_heads():
+    pytest.importorskip("triton")
+    arguments = (x.to(DEVICE) for x in tensors(D=257))
+    with pytest.raises(ValueError, match=r"q: .*at most 256.*\[2, 4, 9, 257\]"):
+        zk.sparse_attention(*arguments, backend="triton")
 
 
 def test_full_set_is_dense_attention():
@@ -68,9 +154,12 @@ def test_compacted_keys_may_be_cut_to_the_largest_count():
 
 @pytest.mark.parametrize("sizes", [{"B": 0}, {"M": 0}, {"N": 0}])
 @pytest.mark.parametrize("kv_compacted", [False, True])
-def test_empty(sizes, kv_compacted):
-    q, k, v, indices, counts = tensors(**sizes)
-    out = zk.sparse_attention(q, k, v, indices, counts, kv_compacted=kv_compacted)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_empty(sizes, kv_compacted, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    q, k, v, indices, counts = (x.to(DEVICE) for x in tensors(**sizes))
+    out = zk.sparse_attention(q, k, v, indices, counts, kv_compacted=kv_compacted, backend=backend)
     assert out.shape == q.shape
     assert not out.any()
 
@@ -107,7 +196,8 @@ q, k, v, indices, counts = tensors()
         (ValueError, r"q_start: .*\[2\].*\[1\]", {"q_start": torch.zeros(1, dtype=torch.int32)}),
         (ValueError, "scale: .*inf", {"scale": float("inf")}),
         (ValueError, "backend: .*None", {"backend": None}),
-        (RuntimeError, "backend='triton'", {"backend": "triton"}),
+        (ValueError, "backend: .*'fastest'", {"backend": "fastest"}),
+        ((RuntimeError, ValueError), "backend='cuda'", {"backend": "cuda"}),  # not there, or these are on the CPU
     ],
 )
 def test_errors(error, match, changed):

@@ -1,7 +1,9 @@
 """Which implementations of the operators exist on this machine, and why the others do not."""
 
+import os
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -10,6 +12,23 @@ import zipvl_reference
 
 NAMES = ("reference", "triton", "cuda")
 _DISTRIBUTIONS = {"triton": ("triton",), "cuda": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
+
+# The GPU backends of each operator, best first; "auto" takes the first that this machine can run. An implementation is
+# the function of the operator's name in `zipvl_kernels._BACKEND.STEM`, with the signature of its twin in
+# `zipvl_reference`. Where it takes some arguments only, `lacks` beside it, with the same signature, says why not, and
+# "auto" goes on to the next.
+_IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "probe_rows": ("triton",),
+    "score_tokens": ("triton",),
+    "select_tokens": ("triton",),
+    "compact_kv_": ("triton",),
+    "sparse_attention": ("cuda", "triton"),
+    "decode_attention": ("triton",),
+}
+
+# Operators whose kernels have passed their checks on a GPU. "auto" takes no others: until then their kernels, which have
+# passed in Triton's interpreter, have to be asked for by name.
+_PROVEN = {"sparse_attention"}
 
 
 def backends() -> dict[str, str]:
@@ -22,30 +41,66 @@ def backends() -> dict[str, str]:
 
 
 @cache
-def resolve(operator: str, backend: str) -> Callable[..., Any]:
-    """The function behind `operator`. "auto" takes the fastest that exists; an explicit backend never falls back.
+def resolve(operator: str, backend: str, device_type: str) -> Callable[..., Any]:
+    """The function behind `operator` for tensors on `device_type`.
 
-    Raises ValueError for an unknown name and RuntimeError for one that is not available.
+    "auto" takes the fastest that exists; an explicit backend never falls back. Raises ValueError for an unknown name or
+    tensors that the backend cannot take, RuntimeError for a backend that is not available.
     """
     if backend not in ("auto", *NAMES):
         raise ValueError(f"backend: expected one of {('auto', *NAMES)}, got {backend!r}")
-    if why := backend != "auto" and _missing(backend):
+    implemented = _IMPLEMENTED.get(operator, ())
+    if backend == "auto":
+        proven = device_type == "cuda" and operator in _PROVEN
+        usable = [name for name in implemented if not _missing(name)] if proven else []
+        found = [_load(operator, name) for name in usable] + [_load(operator, "reference")]
+        return _first_that_can(found) if found[0][1] else found[0][0]
+    if backend == "reference":
+        return _load(operator, backend)[0]
+    why = f"there is no {backend} kernel of this operator" if backend not in implemented else _missing(backend)
+    if why:
         raise RuntimeError(f"backend={backend!r} is not available for {operator}: {why}; use 'auto' or 'reference'")
-    implementation: Callable[..., Any] = getattr(zipvl_reference, operator)
-    return implementation
+    if device_type != "cuda" and not (backend == "triton" and _interpreting()):
+        raise ValueError(f"backend={backend!r}: expected CUDA tensors for {operator}, got tensors on {device_type}")
+    return _load(operator, backend)[0]
+
+
+_Pair = tuple[Callable[..., Any], Callable[..., str] | None]
+
+
+def _load(operator: str, backend: str) -> _Pair:
+    """An implementation, and its `lacks` if it takes some arguments only."""
+    if backend == "reference":
+        return getattr(zipvl_reference, operator), None
+    module = import_module(f"zipvl_kernels._{backend}.{operator.removesuffix('_')}")
+    return getattr(module, operator), getattr(module, "lacks", None)
+
+
+def _first_that_can(found: list[_Pair]) -> Callable[..., Any]:
+    """The first implementation that takes the arguments of a call."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        implementation = next(fn for fn, lacks in found if lacks is None or not lacks(*args, **options))
+        return implementation(*args, **options)
+
+    return run
 
 
 def _missing(backend: str) -> str:
     """What this machine lacks to run `backend`, "" where nothing is lacking."""
     if backend == "reference":
         return ""
-    found = [f"{name} {v}" for name in _DISTRIBUTIONS[backend] if (v := _version(name))]
-    reasons = [f"this version has no {backend} kernels"]
-    if not found:
+    reasons = []
+    if not any(_version(name) for name in _DISTRIBUTIONS[backend]):
         reasons.append(f"{_DISTRIBUTIONS[backend][0]} is not installed")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not (backend == "triton" and _interpreting()):
         reasons.append("torch sees no GPU")
     return ", ".join(reasons)
+
+
+def _interpreting() -> bool:
+    """Triton's interpreter runs the kernels on the CPU, slowly: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _version(distribution: str) -> str | None:

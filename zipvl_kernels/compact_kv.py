@@ -45,4 +45,4 @@ def _fake(*args: object) -> None:
     _fake,
 )
 def _compact_kv_(k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, dst_start: Tensor | None, backend: str) -> None:
-    resolve("compact_kv_", backend)(k, v, indices, counts, dst_start=dst_start)
+    resolve("compact_kv_", backend, k.device.type)(k, v, indices, counts, dst_start=dst_start)

@@ -86,7 +86,7 @@ _ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor seqused_k, float? scale, str
 
 @operator(f"decode_attention{_ARGUMENTS} -> Tensor", _fake)
 def _decode_attention(q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor, scale: float | None, backend: str) -> Tensor:
-    out: Tensor = resolve("decode_attention", backend)(q, k, v, seqused_k, scale=scale)
+    out: Tensor = resolve("decode_attention", backend, q.device.type)(q, k, v, seqused_k, scale=scale)
     return out
 
 
@@ -94,6 +94,6 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor, scale:
 def _decode_attention_lse(
     q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor, scale: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    implementation = resolve("decode_attention", backend)
+    implementation = resolve("decode_attention", backend, q.device.type)
     both: tuple[Tensor, Tensor] = implementation(q, k, v, seqused_k, scale=scale, return_lse=True)
     return both

@@ -46,7 +46,7 @@ def _fake(num_rows: int, num_recent: int, num_random: int, seed: int, device: to
 
 @operator("probe_rows(SymInt num_rows, int num_recent, int num_random, int seed, Device? device) -> Tensor", _fake)
 def _probe_rows(num_rows: int, num_recent: int, num_random: int, seed: int, device: torch.device | None) -> Tensor:
-    rows: Tensor = resolve("probe_rows", "auto")(
+    rows: Tensor = resolve("probe_rows", "auto", device.type if device else "cpu")(
         num_rows, num_recent=num_recent, num_random=num_random, seed=seed, device=device
     )
     return rows

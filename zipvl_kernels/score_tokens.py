@@ -85,7 +85,7 @@ def _score_tokens(
     pool: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    implementation = resolve("score_tokens", backend)
+    implementation = resolve("score_tokens", backend, q.device.type)
     scores: tuple[Tensor, Tensor] = implementation(
         q, k, probe_rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool
     )

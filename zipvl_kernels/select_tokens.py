@@ -80,7 +80,7 @@ def _select_tokens(
     seqused_k: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    implementation = resolve("select_tokens", backend)
+    implementation = resolve("select_tokens", backend, accumulated.device.type)
     selection: tuple[Tensor, Tensor] = implementation(
         accumulated,
         normalized,

@@ -68,6 +68,6 @@ def _sparse_attention(
     kv_compacted: bool,
     backend: str,
 ) -> Tensor:
-    implementation = resolve("sparse_attention", backend)
+    implementation = resolve("sparse_attention", backend, q.device.type)
     out: Tensor = implementation(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=kv_compacted)
     return out

@@ -7,6 +7,8 @@ from zipvl_kernels import _validate
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
+STEPS = ("probe_rows", "score_tokens", "select_tokens", "compact_kv_", "sparse_attention")  # each by its best backend
+
 
 def zipvl_prefill_(
     q: Tensor,
@@ -48,7 +50,7 @@ def zipvl_prefill_(
         ascending, then -1; `counts`, int32 `[B, G]`.
 
     Raises:
-        TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
+        TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available for one of the steps.
     """
     _validate.heads(q=q, k=k, v=v)
     _validate.pair_in_place(k, v)
@@ -128,22 +130,23 @@ def _zipvl_prefill_(
     pool: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    implementation = resolve("zipvl_prefill_", backend)
-    result: tuple[Tensor, Tensor, Tensor] = implementation(
-        q,
-        k,
-        v,
-        tau=tau,
+    probe_rows, score_tokens, select_tokens, compact_kv_, sparse_attention = (
+        resolve(step, backend, q.device.type) for step in STEPS
+    )
+    rows = probe_rows(q.shape[2], num_recent=num_recent, num_random=num_random, seed=seed, device=q.device)
+    accumulated, normalized = score_tokens(
+        q, k, rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool
+    )
+    indices, counts = select_tokens(
+        accumulated,
+        normalized,
+        tau=tau if keep_ratio is None else None,
         keep_ratio=keep_ratio,
-        num_recent=num_recent,
-        num_random=num_random,
-        seed=seed,
         keep_first=keep_first,
         keep_recent=keep_recent,
-        scale=scale,
-        q_start=q_start,
         leftpad_k=leftpad_k,
         seqused_k=seqused_k,
-        pool=pool,
     )
-    return result
+    compact_kv_(k, v, indices, counts)
+    out = sparse_attention(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=True)
+    return out, indices, counts

@@ -1,10 +1,12 @@
 """Which query rows stand for all of them when tokens are scored (ZipVL, probe tokens: 64 recent and 64 random)."""
 
+from math import isqrt
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+ROUNDS = 6  # even: the halves end where they began
 T = TypeVar("T", int, Tensor)
 
 
@@ -18,17 +20,49 @@ def probe_rows(
 ) -> Tensor:
     """Ascending, distinct row numbers: the last `num_recent`, and `num_random` of the rest. int32 `[P]`.
 
-    Every row gets a key that depends on the row and the seed alone, and the rows with the smallest keys are drawn: a
-    uniform draw without replacement in integers, hence the same on every device.
+    The seed picks a permutation of the rest, and what it makes of 0, 1, 2, ... is drawn: a draw without replacement in
+    integers, hence the same on every device, and each row drawn on its own.
     """
-    recent = min(num_rows, max(num_recent, 1))  # the last row is always a probe
-    random = min(num_rows - recent, num_recent + num_random - recent)
-    rest = torch.arange(num_rows - recent, dtype=torch.int64, device=device)
-    key = _mix(_mix(rest) ^ _mix(_mix(seed & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF)))
-    keyed = (key << 31) | rest  # the row breaks ties between equal keys
-    drawn = torch.topk(keyed, random, largest=False, sorted=False).values & 0x7FFFFFFF
-    last = torch.arange(num_rows - recent, num_rows, dtype=torch.int64, device=device)
+    recent, random = sizes(num_rows, num_recent, num_random)
+    rest = num_rows - recent
+    drawn = _permuted(torch.arange(random, dtype=torch.int64, device=device), rest, seed_key(seed))
+    last = torch.arange(rest, num_rows, dtype=torch.int64, device=device)
     return torch.cat([drawn.sort().values, last]).to(torch.int32)
+
+
+def sizes(num_rows: int, num_recent: int, num_random: int) -> tuple[int, int]:
+    """How many rows are recent ones, and how many are drawn."""
+    recent = min(num_rows, max(num_recent, 1))  # the last row is always a probe
+    return recent, min(num_rows - recent, num_recent + num_random - recent)
+
+
+def seed_key(seed: int) -> int:
+    """What the permutation depends on, 31 bits."""
+    return _mix(_mix(seed & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF)) >> 1
+
+
+def halves(n: int) -> tuple[int, int, int]:
+    """`(a, b, walks)`: `[0, n)` lies in `[0, a * b)`, and so many more passes bring back what a pass took beyond `n`.
+
+    A cycle that leaves `[0, n)` is back after at most `a * b - n < b` steps. Of those, 16 are enough where there are
+    more than 16, since `b ** -16` is then below `2 ** -64`.
+    """
+    b = isqrt(max(n - 1, 0)) + 1
+    a = (n + b - 1) // b
+    return a, b, min(a * b - n, 16)
+
+
+def _permuted(x: Tensor, n: int, key: int) -> Tensor:
+    """A permutation of `[0, n)`: a Feistel network on `[0, a) x [0, b)`, applied until the value is below `n`."""
+    a, b, walks = halves(n)
+    for walk in range(walks + 1):
+        left, right = x // b, x % b
+        for i in range(0, ROUNDS, 2):
+            left = (left + _mix(right ^ _mix(key + i))) % a
+            right = (right + _mix(left ^ _mix(key + i + 1))) % b
+        through = left * b + right
+        x = torch.where(x < n, x, through) if walk else through
+    return x
 
 
 def _mix(x: T) -> T:

@@ -1,0 +1,252 @@
+"""`sparse_attention` in CUDA C for Hopper: compacted keys, fp16 and bf16, head dims 64 and 128. The .cu says how."""
+
+import ctypes
+import math
+import struct
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy
+import torch
+from cupy.cuda import driver, nvrtc
+from cupy.cuda.function import Function, Module
+from torch import Tensor
+
+THREADS = 384
+MAX_SETS = 512  # B * G
+STAGES = {64: 4, 128: 2}  # tiles of K, and of V, in shared memory
+CONSUMER_REGISTERS, PRODUCER_REGISTERS, TAKE_TURNS = 232, 40, True
+SECTION_BYTES = 24 << 20  # of K and V that heads worked on at a time may take, so that they stay in L2
+_PARAMETERS = struct.Struct("=128s128s6Q8q9if40x")
+
+
+def lacks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *,
+    scale: float | None = None,
+    q_start: Tensor | None = None,
+    kv_compacted: bool = False,
+) -> str:
+    """What keeps this kernel from these arguments, "" where nothing does."""
+    if q.dtype == torch.float32:
+        return "q: expected float16 or bfloat16, got torch.float32"
+    if q.shape[3] not in STAGES:
+        return f"q: expected a head dim of 64 or 128, got shape {list(q.shape)}"
+    if not kv_compacted:
+        return "kv_compacted: expected True, got False"
+    if scale is not None and scale <= 0:
+        return f"scale: expected more than 0, got {scale!r}"
+    if counts.shape[0] * counts.shape[1] > MAX_SETS:
+        return f"counts: expected at most {MAX_SETS} sets, got shape {list(counts.shape)}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        b, h, n, _ = x.stride()
+        if (b | h | n) % 8 or x.data_ptr() % 16:
+            return f"{name}: expected rows that start at multiples of 16 bytes, got strides {x.stride()}"
+        if not (b and h and n):
+            return f"{name}: expected memory of its own for every row, got strides {x.stride()}"
+    if _capability(q.device) != (9, 0):
+        return f"expected a GPU of compute capability 9.0, got {_capability(q.device)}"
+    return ""
+
+
+def sparse_attention(
+    q: Tensor,  # [B, Hq, M, D]
+    k: Tensor,  # [B, Hkv, N, D]
+    v: Tensor,  # [B, Hkv, N, D]
+    indices: Tensor,  # int32 [B, G, C]
+    counts: Tensor,  # int32 [B, G]
+    *,
+    scale: float | None = None,
+    q_start: Tensor | None = None,  # int32 [B]
+    kv_compacted: bool = False,
+) -> Tensor:
+    """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
+    why = lacks(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=kv_compacted)
+    if why:
+        raise ValueError(f"backend='cuda': {why}")
+    return launch(q, k, v, indices, counts, scale, q_start)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    scale: float | None,
+    q_start: Tensor | None,
+    *,
+    stages: int | None = None,
+    consumer_registers: int = CONSUMER_REGISTERS,
+    producer_registers: int = PRODUCER_REGISTERS,
+    take_turns: bool = TAKE_TURNS,
+    section_bytes: int = SECTION_BYTES,
+) -> Tensor:
+    """The operator on arguments that it can take, with one configuration."""
+    B, Hq, M, D = q.shape
+    Hkv, N = k.shape[1:3]
+    G, C = indices.shape[1:]
+    out = torch.empty((B, Hq, M, D), dtype=q.dtype, device=q.device)
+    most = min(C, N)
+    if not out.numel() or not most:
+        return out.zero_()
+    if q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            stream = torch.cuda.current_stream().cuda_stream
+    else:
+        stream = torch.cuda.current_stream().cuda_stream
+    half = q.dtype == torch.float16
+    stages = stages or STAGES[D]
+    kernel, shared, blocks = _kernel(q.device, D, half, stages, consumer_registers, producer_registers, take_turns)
+    parameters = _PARAMETERS.pack(
+        _tensor_map(k.data_ptr(), half, k.shape, k.stride()),
+        _tensor_map(v.data_ptr(), half, v.shape, v.stride()),
+        q.data_ptr(),
+        out.data_ptr(),
+        indices.data_ptr(),
+        counts.data_ptr(),
+        0 if q_start is None else q_start.data_ptr(),
+        _ticket(q.device, stream),
+        *q.stride()[:3],
+        *indices.stride(),
+        *counts.stride(),
+        B,
+        Hq,
+        Hkv,
+        G,
+        M,
+        most,
+        C - M,
+        q_start is None and C == M,
+        section_bytes,
+        (D**-0.5 if scale is None else scale) * math.log2(math.e),
+    )
+    by_value = numpy.frombuffer(parameters, f"V{_PARAMETERS.size}")
+    kernel((blocks,), (THREADS,), (by_value,), shared, _stream(stream))
+    return out
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    return cupy.cuda.ExternalStream(handle)
+
+
+@cache
+def _kernel(
+    device: torch.device,
+    D: int,
+    half: bool,
+    stages: int,
+    consumer_registers: int,
+    producer_registers: int,
+    take_turns: bool,
+) -> tuple[Any, int, int]:
+    """The kernel compiled and loaded on `device`, its bytes of dynamic shared memory, and its number of blocks."""
+    # CuPy's own compiler wrapper builds for sm_90, which lacks the tensor cores' asynchronous instructions.
+    program = nvrtc.createProgram(Path(__file__).with_suffix(".cu").read_text(), "sparse_attention.cu", (), ())
+    defined = {
+        "HEAD_DIM": D,
+        "HALF": int(half),
+        "STAGES": stages,
+        "CONSUMER_REGISTERS": consumer_registers,
+        "PRODUCER_REGISTERS": producer_registers,
+        "TAKE_TURNS": int(take_turns),
+    }
+    try:
+        nvrtc.compileProgram(program, ("-std=c++17", "-arch=sm_90a", *(f"-D{x}={n}" for x, n in defined.items())))
+        binary = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"sparse_attention.cu does not compile: {nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+    shared = 1024 + 4 * 64 * D * 2 + 2 * stages * 128 * D * 2 + 8192  # alignment, queries, K and V, the rest
+    with torch.cuda.device(device):
+        module = Module()
+        module.load(binary)
+        kernel: Function = module.get_function("sparse_attention")
+        driver.funcSetAttribute(kernel.ptr, 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    return kernel, shared, torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=1024)
+def _tensor_map(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]) -> bytes:
+    """Descriptor of `[B, H, N, D]` for copies of 128 rows and 64 columns into swizzled shared memory."""
+    (B, H, N, D), (b, h, n, _) = shape, stride
+    sizes = (ctypes.c_uint64 * 4)(D, N, H, B)
+    strides = (ctypes.c_uint64 * 3)(*(2 * (x if size > 1 else D) for x, size in ((n, N), (h, H), (b, B))))  # bytes
+    box, ones = (ctypes.c_uint32 * 4)(64, 128, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
+    buffer = ctypes.create_string_buffer(128 + 64)
+    at = -ctypes.addressof(buffer) % 64  # the driver wants it aligned
+    float_type, swizzle_128, promote_256 = 6 if half else 9, 3, 3  # values of the driver's enumerations
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(buffer) + at),
+        float_type,
+        4,
+        ctypes.c_void_p(address),
+        sizes,
+        strides,
+        box,
+        ones,
+        0,
+        swizzle_128,
+        promote_256,
+        0,
+    )
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled failed with {status} for shape {list(shape)} and strides {stride}")
+    return buffer.raw[at : at + 128]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+class _Tickets:
+    """Zeroed counters on one device; a launch leaves its counter at zero again.
+
+    Launches that may overlap must not share one: each stream has its own, and so has each launch that is captured,
+    since a graph is replayed on any stream.
+    """
+
+    SIZE = 1 << 16
+
+    def __init__(self, device: torch.device) -> None:
+        self.counters = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        self.address = self.counters.data_ptr()
+        self.taken = 0
+        self.of_stream: dict[int, int] = {}
+        self.zeroed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.zeroed.record(torch.cuda.current_stream(device))
+
+    def take(self) -> int:
+        self.taken += 1
+        return self.address + 4 * (self.taken % self.SIZE)
+
+    def of(self, stream: int) -> int:
+        if torch.cuda.is_current_stream_capturing():
+            return self.take()
+        if stream not in self.of_stream:
+            torch.cuda.current_stream(self.counters.device).wait_event(self.zeroed)
+            self.of_stream[stream] = self.take()
+        return self.of_stream[stream]
+
+
+@cache
+def _tickets(device: torch.device) -> _Tickets:
+    return _Tickets(device)
+
+
+def _ticket(device: torch.device, stream: int) -> int:
+    return _tickets(device).of(stream)

@@ -1,0 +1,69 @@
+"""`probe_rows` in Triton, one launch: every program draws its rows, and counts how many drawn rows are below each."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from zipvl_reference.probe_rows import ROUNDS, halves, seed_key, sizes
+
+BLOCK = 64
+
+
+def probe_rows(
+    num_rows: int,
+    *,
+    num_recent: int = 64,
+    num_random: int = 64,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Ascending, distinct row numbers: the last `num_recent`, and `num_random` of the rest. int32 `[P]`."""
+    recent, random = sizes(num_rows, num_recent, num_random)
+    rows = torch.empty(recent + random, dtype=torch.int32, device=device)
+    if rows.numel():
+        rest = num_rows - recent
+        grid = (triton.cdiv(random, BLOCK) + triton.cdiv(recent, BLOCK),)
+        _kernel[grid](rows, *halves(rest), rest, random, recent, seed_key(seed), ROUNDS=ROUNDS, BLOCK=BLOCK)
+    return rows
+
+
+@triton.jit
+def _mix(x):  # type: ignore[no-untyped-def]
+    """As in the reference: a bijection of 32-bit numbers, held in 64 bits."""
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _permuted(x, a, b, walks, n, key, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As in the reference: a permutation of `[0, n)`, int64."""
+    for walk in range(walks + 1):
+        left, right = x // b, x % b
+        for i in tl.static_range(0, ROUNDS, 2):
+            left = (left + _mix(right ^ _mix(key + i))) % a
+            right = (right + _mix(left ^ _mix(key + i + 1))) % b
+        x = tl.where((x < n) & (walk > 0), x, left * b + right)
+    return x
+
+
+@triton.jit(do_not_specialize=["a", "b", "walks", "n", "random", "recent", "key"])  # type: ignore[untyped-decorator]
+def _kernel(rows, a, b, walks, n, random, recent, key, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    drawing = tl.cdiv(random, BLOCK)
+    block = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    if block >= drawing:
+        i += (block - drawing) * BLOCK
+        tl.store(rows + random + i, n + i, mask=i < recent)
+        return
+    i += block * BLOCK
+    wide = key.to(tl.int64)
+    mine = _permuted(i.to(tl.int64), a, b, walks, n, wide, ROUNDS)
+    below = tl.zeros([BLOCK], tl.int32)
+    for other in range(drawing):
+        j = other * BLOCK + tl.arange(0, BLOCK)
+        x = _permuted(j.to(tl.int64), a, b, walks, n, wide, ROUNDS)
+        below += tl.sum(((x[None, :] < mine[:, None]) & (j < random)).to(tl.int32), 1)
+    tl.store(rows + below, mine.to(tl.int32), mask=i < random)

@@ -1,0 +1,275 @@
+"""`sparse_attention` in Triton: one launch whose programs are query tiles, heaviest first, then blocks of zero rows.
+
+A query tile covers `BLOCK_M` consecutive members of the set, so that causality is a comparison of their numbers and
+only tiles on the diagonal need a mask. Queries are gathered by row and outputs scattered; rows outside the set are
+zeroed by programs of their own, which find them by binary search and serve several heads at once.
+"""
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zipvl_kernels._triton.common import interpreting
+
+MAX_HEAD_DIM = 256
+ZERO_ROWS, ZERO_HEADS = 64, 8  # rows outside the set are cleared in blocks of so many, for so many heads
+
+
+def tiles(dtype: torch.dtype, D: int, kilobytes: int) -> tuple[int, int, int, int]:
+    """`(block_m, block_n, num_warps, num_stages)`: queries and keys of a tile, warps, and tiles in flight.
+
+    `kilobytes` of shared memory that a block may have: 227 on sm_90 and sm_100, 163 on sm_80, 99 on sm_86 and sm_120,
+    64 on gfx942.
+    """
+    if dtype == torch.float32:  # no tensor cores at full precision
+        return (32, 32, 4, 2) if D <= 64 else (32, 16, 4, 2) if D <= 128 else (16, 16, 4, 2)
+    if kilobytes < 96:
+        return (128, 64, 4, 1) if D <= 64 else (64, 64, 4, 1) if D <= 128 else (64, 32, 4, 1)
+    if kilobytes < 160:
+        return (128, 64, 8, 2) if D <= 128 else (64, 32, 8, 2)
+    return (128, 128, 8, 3) if D <= 64 else (128, 64, 8, 3) if D <= 128 else (64, 64, 8, 2)
+
+
+@cache
+def shared_kilobytes(device: torch.device) -> int:
+    """How much shared memory a block may have."""
+    if device.type != "cuda":
+        return 227
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)) // 1024
+
+
+def sparse_attention(
+    q: Tensor,  # [B, Hq, M, D]
+    k: Tensor,  # [B, Hkv, N, D]
+    v: Tensor,  # [B, Hkv, N, D]
+    indices: Tensor,  # int32 [B, G, C]
+    counts: Tensor,  # int32 [B, G]
+    *,
+    scale: float | None = None,
+    q_start: Tensor | None = None,  # int32 [B]
+    kv_compacted: bool = False,
+) -> Tensor:
+    """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
+    config = tiles(q.dtype, q.shape[3], shared_kilobytes(q.device))
+    return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *config)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    scale: float | None,
+    q_start: Tensor | None,
+    kv_compacted: bool,
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    """The operator with tiles of a given size."""
+    B, Hq, M, D = q.shape
+    Hkv, N = k.shape[1:3]
+    G, C = indices.shape[1:]
+    if D > MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
+    out = torch.empty((B, Hq, M, D), dtype=q.dtype, device=q.device)
+    if B == 0 or M == 0:
+        return out
+    most = min(C, N) if kv_compacted else C  # of a set
+    attend = triton.cdiv(most, block_m) * B * Hq
+    zero = triton.cdiv(M, ZERO_ROWS) * B * G * triton.cdiv(Hq // G, ZERO_HEADS)
+    _kernel[(attend + zero,)](
+        q,
+        k,
+        v,
+        out,
+        indices,
+        counts,
+        q_start,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *indices.stride(),
+        *counts.stride(),
+        (D**-0.5 if scale is None else scale) * math.log2(math.e),
+        attend,
+        M,
+        most,
+        C - M,
+        most.bit_length(),
+        B,
+        Hq,
+        Hkv,
+        G,
+        D=D,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        ZERO_ROWS=ZERO_ROWS,
+        ZERO_HEADS=ZERO_HEADS,
+        COMPACTED=kv_compacted,
+        UPCAST=interpreting(),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _kernel(  # type: ignore[no-untyped-def]
+    q,  # [B, Hq, M, D]
+    k,  # [B, Hkv, N, D]
+    v,  # [B, Hkv, N, D]
+    out,  # [B, Hq, M, D], dense
+    indices,  # [B, G, C]
+    counts,  # [B, G]
+    q_start,  # [B] or None
+    q_b,
+    q_h,
+    q_m,
+    k_b,
+    k_h,
+    k_n,
+    v_b,
+    v_h,
+    v_n,
+    indices_b,
+    indices_g,
+    indices_n,
+    counts_b,
+    counts_g,
+    scale,  # in powers of two
+    attend,  # how many programs attend; the rest clear rows
+    M,
+    most,  # a set's members at most
+    default_start,
+    steps,  # of a binary search among `most`
+    B,
+    Hq,
+    Hkv,
+    G,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ZERO_ROWS: tl.constexpr,
+    ZERO_HEADS: tl.constexpr,
+    COMPACTED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)  # [D]
+    if pid >= attend:
+        # Clear the rows of a block that are not in the set, for ZERO_HEADS heads that share it.
+        pid -= attend
+        heads = Hq // G
+        shares = tl.cdiv(heads, ZERO_HEADS)
+        share = pid % shares
+        g = pid // shares % G
+        blocks = tl.cdiv(M, ZERO_ROWS)
+        b = (pid // shares // G // blocks).to(tl.int64)
+        row = pid // shares // G % blocks * ZERO_ROWS + tl.arange(0, ZERO_ROWS)  # [R]
+        start = default_start
+        if q_start is not None:
+            start = tl.load(q_start + b)
+        columns = indices + b * indices_b + g.to(tl.int64) * indices_g
+        count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), most)
+        low = tl.zeros([ZERO_ROWS], tl.int32)  # [R], how many members stand before the row
+        high = low + count
+        for _ in range(steps):
+            middle = (low + high) // 2
+            open = low < high
+            before = tl.load(columns + middle.to(tl.int64) * indices_n, mask=open, other=0) < row + start
+            low = tl.where(open & before, middle + 1, low)
+            high = tl.where(open & (before == 0), middle, high)
+        column = tl.load(columns + low.to(tl.int64) * indices_n, mask=low < count, other=-1)
+        in_set = (low < count) & (column == row + start)  # [R]
+        clear = (row < M) & (in_set == 0)
+        first = g * heads + share * ZERO_HEADS
+        nothing = tl.zeros([ZERO_ROWS, BLOCK_D], out.dtype.element_ty)
+        for h in range(first, tl.minimum(first + ZERO_HEADS, (g + 1) * heads)):
+            place = out + ((b * Hq + h) * M + row)[:, None] * D + d  # [R, D]
+            tl.store(place, nothing, mask=clear[:, None] & (d < D))
+        return
+
+    h = pid % Hq
+    b = (pid // Hq % B).to(tl.int64)
+    level = pid // Hq // B
+    kv = h // (Hq // Hkv)
+    g = kv % G
+    count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), most)
+    tile = tl.cdiv(count, BLOCK_M) - 1 - level  # the last tile sees the most keys and goes first
+    if tile < 0:
+        return
+    start = default_start
+    if q_start is not None:
+        start = tl.load(q_start + b)
+    columns = indices + b * indices_b + g.to(tl.int64) * indices_g
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M], number in the set
+    row = tl.load(columns + i.to(tl.int64) * indices_n, mask=i < count, other=-1) - start
+    here = (i < count) & (row >= 0) & (row < M)
+    if tl.max(here.to(tl.int32), 0) == 0:  # none of the tile's queries is in this chunk
+        return
+
+    q += b * q_b + h.to(tl.int64) * q_h
+    k += b * k_b + kv.to(tl.int64) * k_h
+    v += b * v_b + kv.to(tl.int64) * v_h
+    Q = tl.load(q + row.to(tl.int64)[:, None] * q_m + d, mask=here[:, None] & (d < D), other=0)  # [M, D]
+    if scale < 0:  # a positive scale lets the maximum be taken before scaling
+        Q = (-Q.to(tl.float32)).to(Q.dtype)
+    scale = tl.abs(scale)
+    if UPCAST:
+        Q = Q.to(tl.float32)
+    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], of the scores so far
+    total = tl.zeros([BLOCK_M], tl.float32)  # [M], of the weights so far
+    weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D], sum of the values so far
+
+    seen_by_all = tile * BLOCK_M // BLOCK_N * BLOCK_N
+    for masked in tl.static_range(2):  # first the tiles below the diagonal, then those on it
+        begin = seen_by_all if masked else 0
+        end = tl.minimum((tile + 1) * BLOCK_M, count) if masked else seen_by_all
+        for first in range(begin, end, BLOCK_N):
+            j = first + tl.arange(0, BLOCK_N)  # [N]
+            at = j.to(tl.int64)
+            if not COMPACTED:
+                if masked:
+                    at = tl.load(columns + at * indices_n, mask=j < count, other=0).to(tl.int64)
+                else:
+                    at = tl.load(columns + at * indices_n).to(tl.int64)
+            k_at = k + at[None, :] * k_n + d[:, None]  # [D, N]
+            v_at = v + at[:, None] * v_n + d  # [N, D]
+            if masked:
+                K = tl.load(k_at, mask=(j < count) & (d < D)[:, None], other=0)
+                V = tl.load(v_at, mask=(j < count)[:, None] & (d < D), other=0)
+            elif BLOCK_D == D:
+                K = tl.load(k_at)
+                V = tl.load(v_at)
+            else:
+                K = tl.load(k_at, mask=(d < D)[:, None], other=0)
+                V = tl.load(v_at, mask=d < D, other=0)
+            if UPCAST:
+                K, V = K.to(tl.float32), V.to(tl.float32)
+            scores = tl.dot(Q, K, input_precision="ieee")  # [M, N]
+            if masked:
+                scores = tl.where((j[None, :] <= i[:, None]) & (j < count), scores * scale, -float("inf"))
+                above = tl.maximum(largest, tl.max(scores, 1))
+                weights = tl.exp2(scores - above[:, None])
+            else:
+                above = tl.maximum(largest, tl.max(scores, 1) * scale)
+                weights = tl.exp2(scores * scale - above[:, None])
+            shrink = tl.exp2(largest - above)
+            total = total * shrink + tl.sum(weights, 1)
+            weighted = weighted * shrink[:, None]
+            weighted = tl.dot(weights.to(V.dtype), V, weighted, input_precision="ieee")
+            largest = above
+
+    result = (weighted / total[:, None]).to(out.dtype.element_ty)
+    place = out + ((b * Hq + h) * M + row)[:, None] * D + d
+    tl.store(place, result, mask=here[:, None] & (d < D))
