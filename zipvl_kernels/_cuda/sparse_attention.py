@@ -14,6 +14,8 @@ from cupy.cuda import driver, nvrtc
 from cupy.cuda.function import Function, Module
 from torch import Tensor
 
+from zipvl_kernels._tickets import tickets
+
 THREADS = 384
 MAX_SETS = 512  # B * G
 STAGES = {64: 4, 128: 2}  # tiles of K, and of V, in shared memory
@@ -112,7 +114,7 @@ def launch(
         indices.data_ptr(),
         counts.data_ptr(),
         0 if q_start is None else q_start.data_ptr(),
-        _ticket(q.device, stream),
+        tickets(q.device, 1).data_ptr(),
         *q.stride()[:3],
         *indices.stride(),
         *counts.stride(),
@@ -211,42 +213,3 @@ def _tensor_map(address: int, half: bool, shape: torch.Size, stride: tuple[int, 
 @cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
-
-
-class _Tickets:
-    """Zeroed counters on one device; a launch leaves its counter at zero again.
-
-    Launches that may overlap must not share one: each stream has its own, and so has each launch that is captured,
-    since a graph is replayed on any stream.
-    """
-
-    SIZE = 1 << 16
-
-    def __init__(self, device: torch.device) -> None:
-        self.counters = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
-        self.address = self.counters.data_ptr()
-        self.taken = 0
-        self.of_stream: dict[int, int] = {}
-        self.zeroed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.zeroed.record(torch.cuda.current_stream(device))
-
-    def take(self) -> int:
-        self.taken += 1
-        return self.address + 4 * (self.taken % self.SIZE)
-
-    def of(self, stream: int) -> int:
-        if torch.cuda.is_current_stream_capturing():
-            return self.take()
-        if stream not in self.of_stream:
-            torch.cuda.current_stream(self.counters.device).wait_event(self.zeroed)
-            self.of_stream[stream] = self.take()
-        return self.of_stream[stream]
-
-
-@cache
-def _tickets(device: torch.device) -> _Tickets:
-    return _Tickets(device)
-
-
-def _ticket(device: torch.device, stream: int) -> int:
-    return _tickets(device).of(stream)
