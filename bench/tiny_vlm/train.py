@@ -64,7 +64,7 @@ class Trainer:
         self.rate, self.matrix_rate, self.fade, self.spread = (torch.zeros((), device=device) for _ in range(4))
         gpu = device.type == "cuda"
         matrices = [p for name, p in self.model.named_parameters() if "layer" in name or "blocks" in name]
-        self.muon = Muon(matrices if args.muon else [], self.matrix_rate, WEIGHT_DECAY)
+        self.muon = Muon(matrices, self.matrix_rate, WEIGHT_DECAY)
         rest = [p for p in self.parameters if p not in self.muon.momentum]
         plain = [p for p in rest if p.ndim < 2]
         groups = [{"params": [p for p in rest if p.ndim >= 2]}, {"params": plain, "weight_decay": 0.0}]
@@ -188,7 +188,7 @@ def train(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
         "pictures_drawn": feed.drawn,
         "learning_rate": args.lr,
-        "matrix_rate": args.lr * MATRIX_RATE if args.muon else None,
+        "matrix_rate": args.lr * MATRIX_RATE,
         "spread_weight": args.spread,
         "seconds_of_setup": round(start - begin, 1),
         "seconds_of_training": round(end - start, 1),
@@ -228,12 +228,13 @@ def main() -> None:
     parser.add_argument(
         "--spread", type=float, default=0.0003, help="weight of the pooled attention's entropy in the loss"
     )
-    parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True, help="for the layers' matrices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=int, default=400, help="held-out questions per task")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True, help="steps as CUDA graphs")
-    parser.add_argument("--start", help="folder of models to go on from (no vision stage); give another --seed")
+    parser.add_argument(
+        "--start", help="folder of models to go on from, with the last stage alone; give another --seed"
+    )
     parser.add_argument("--out", default="bench/tiny_vlm/models")
     train(parser.parse_args())
 
