@@ -105,6 +105,7 @@ def launch(
         stream = torch.cuda.current_stream().cuda_stream
     half = q.dtype == torch.float16
     stages = stages or STAGES[D]
+    start = None if q_start is None else q_start.contiguous()
     kernel, shared, blocks = _kernel(q.device, D, half, stages, consumer_registers, producer_registers, take_turns)
     parameters = _PARAMETERS.pack(
         _tensor_map(k.data_ptr(), half, k.shape, k.stride()),
@@ -113,7 +114,7 @@ def launch(
         out.data_ptr(),
         indices.data_ptr(),
         counts.data_ptr(),
-        0 if q_start is None else q_start.data_ptr(),
+        0 if start is None else start.data_ptr(),
         tickets(q.device, 1).data_ptr(),
         *q.stride()[:3],
         *indices.stride(),

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._tickets import tickets
+from zipvl_kernels._triton.common import dense
 
 ROWS = 64  # of a tile
 
@@ -32,7 +33,7 @@ def compact_kv_(
         v,
         indices,
         counts,
-        dst_start,
+        dense(dst_start),
         tickets(k.device, programs + 2),
         *k.stride()[:3],
         *v.stride()[:3],

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._tickets import tickets
-from zipvl_kernels._triton.common import interpreting
+from zipvl_kernels._triton.common import dense, interpreting
 
 MAX_HEAD_DIM = 256
 PROGRAMS = 264  # two for each multiprocessor of an H200: work is split until there are about so many
@@ -83,9 +83,9 @@ def launch(
         q,
         k,
         probe_rows,
-        q_start,
-        leftpad_k,
-        seqused_k,
+        dense(q_start),
+        dense(leftpad_k),
+        dense(seqused_k),
         statistics,
         *q.stride()[:3],
         *k.stride()[:3],
@@ -293,7 +293,6 @@ def _column_sums(  # type: ignore[no-untyped-def]
                 base = tl.where(above == -float("inf"), 0, above)
                 total = tl.sum(total * tl.exp2(largest - base), 0)  # [P]
                 offset = base + tl.log2(tl.where(total > 0, total, 1))
-                scores = tl.dot(Q, K, input_precision="ieee") * scale - offset[:, None]  # [P, N]
                 scores = tl.dot(Q, K, input_precision="ieee") * scale - offset[:, None]  # [P, N]
                 sums += tl.sum(tl.exp2(tl.where(sees, scores, -float("inf"))), 0)
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipvl_kernels._triton.common import dense
+
 BLOCK = 4096  # columns at a time
 
 
@@ -34,8 +36,8 @@ def select_tokens(
     _kernel[(G, B)](
         accumulated,
         normalized,
-        leftpad_k,
-        seqused_k,
+        dense(leftpad_k),
+        dense(seqused_k),
         indices,
         counts,
         *accumulated.stride(),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipvl_kernels._triton.common import interpreting
+from zipvl_kernels._triton.common import dense, interpreting
 
 MAX_HEAD_DIM = 256
 ZERO_ROWS, ZERO_HEADS = 64, 8  # rows outside the set are cleared in blocks of so many, for so many heads
@@ -92,7 +92,7 @@ def launch(
         out,
         indices,
         counts,
-        q_start,
+        dense(q_start),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],

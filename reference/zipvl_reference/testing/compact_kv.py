@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from zipvl_reference.testing.budget import assert_same_bits
-from zipvl_reference.testing.draw import AttentionCase, attention_cases, for_each
+from zipvl_reference.testing.draw import AttentionCase, attention_cases, for_each, strided
 from zipvl_reference.testing.sparse_attention import as_indices, draw_set
 
 
@@ -35,7 +35,8 @@ def check_compact_kv(
             firsts = [int(m.nonzero().min()) if m.any() else 0 for m in member.any(1)]
             starts = [int(case.integers(0, first, 1)) for first in firsts]
         before = k.clone(), v.clone()
-        fn(k, v, indices, counts, **({"dst_start": torch.tensor(starts).int().to(device)} if case.seed % 2 else {}))
+        at = strided(torch.tensor(starts, dtype=torch.int32, device=device))
+        fn(k, v, indices, counts, **({"dst_start": at} if case.seed % 2 else {}))
         for name, now, old in (("k", k, before[0]), ("v", v, before[1])):
             for b, start in enumerate(starts):
                 for h in range(case.Hkv):

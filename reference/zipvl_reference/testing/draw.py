@@ -95,6 +95,8 @@ class AttentionCase:
     def lengths(self, device: str) -> dict[str, Tensor | None]:
         """The bounds as keyword arguments, None where the default says the same."""
         first, end, start = (torch.tensor(x, dtype=torch.int32, device=device) for x in self.bounds)
+        if self.layout == "sliced":
+            first, end, start = (strided(x) for x in (first, end, start))
         right = self.padding in ("right", "both")
         return {
             "leftpad_k": first if self.padding in ("left", "both") else None,
@@ -137,6 +139,11 @@ def attention_cases(
             "seed": st.integers(0, 2**32 - 1),
         }
     ).map(finish)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The values of `x [B]` with others between them."""
+    return torch.stack([x, x - 7], 1)[:, 0]
 
 
 def one_sequence(b: int, *tensors: Tensor | None) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipvl_reference.testing.draw import for_each, st
+from zipvl_reference.testing.draw import for_each, st, strided
 
 MAX = 2**63 - 1
 
@@ -105,12 +105,15 @@ def check_select_tokens(
     larger tau keeps a superset, and permuted columns give the permuted set.
     """
 
+    def per_sequence(numbers: list[int]) -> Tensor:
+        return strided(torch.tensor(numbers, dtype=torch.int32, device=device))
+
     def call(case: SelectCase, accumulated: Tensor, normalized: Tensor, **changed: Any) -> tuple[Tensor, Tensor]:
         options = {
             "keep_first": case.keep_first,
             "keep_recent": case.keep_recent,
-            "leftpad_k": None if case.leftpad is None else torch.tensor(case.leftpad, dtype=torch.int32, device=device),
-            "seqused_k": None if case.seqused is None else torch.tensor(case.seqused, dtype=torch.int32, device=device),
+            "leftpad_k": None if case.leftpad is None else per_sequence(case.leftpad),
+            "seqused_k": None if case.seqused is None else per_sequence(case.seqused),
             "tau": case.tau,
             "keep_ratio": case.keep_ratio,
             **changed,
