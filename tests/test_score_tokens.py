@@ -34,12 +34,12 @@ def test_contract_triton(dtype):
 
 
 def test_contract_triton_over_several_tiles():
-    """Tiles small enough for several splits of the columns and shares of the heads."""
+    """Tiles small enough for several splits and spans of the columns, and programs enough for parts of the heads."""
     pytest.importorskip("triton")
     launch = importlib.import_module("zipvl_kernels._triton.score_tokens").launch
 
     def fn(q, k, probe_rows, *, scale=None, q_start=None, leftpad_k=None, seqused_k=None, pool="layer"):
-        return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, 16, 16, 4, (1, 1))
+        return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, 16, 16, 4, 1, 12, 6)
 
     check_score_tokens(fn, device=DEVICE, derandomize=True, max_examples=15)
 

@@ -1,7 +1,8 @@
-"""`score_tokens` in Triton, two launches: row statistics of the probes' scores, then column sums of their softmax.
+"""`score_tokens` in Triton: two launches over K, and no P x N matrix.
 
-Both multiply the probes with the keys; the scores themselves are never stored. Which programs share a sequence depends
-on its sizes alone, and what they leave is added in a fixed order: the same bits alone or in a batch.
+The first computes the log-sum-exp of each probe's scores over a split of the columns. The second knows all of them,
+hence weights at once: it walks a span of columns for a few heads, keys as rows of the product so that a column's sum
+stays within a row of threads. The last program of a span to finish adds what the others found, in fixed order.
 """
 
 import math
@@ -11,18 +12,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipvl_kernels._tickets import tickets
 from zipvl_kernels._triton.common import dense, interpreting
 
 MAX_HEAD_DIM = 256
-PROGRAMS = 264  # two for each multiprocessor of an H200: work is split until there are about so many
+MAX_SPLITS = 32  # of the columns, in the first launch
+MAX_PARTS = 10  # of a group's heads, in the second launch: each takes 4 bytes a column
 
 
-def tiles(dtype: torch.dtype, D: int) -> tuple[int, int, int, tuple[int, int]]:
-    """`(block_p, block_n, num_warps, num_stages)`: probes and columns of a tile, warps, tiles in flight per launch."""
+def tiles(dtype: torch.dtype, D: int) -> tuple[int, int, int, int]:
+    """`(block_p, block_n, num_warps, num_stages)`: probes and columns of a tile, warps, and tiles in flight."""
     if dtype == torch.float32:  # no tensor cores at full precision
-        return (32, 32, 4, (2, 1)) if D <= 128 else (32, 16, 4, (2, 1))
-    return (128, 128, 8, (3, 2)) if D <= 128 else (64, 64, 4, (2, 1))
+        return (32, 32, 4, 2) if D <= 64 else (32, 16, 4, 2)
+    return (128, 64, 4, 3) if D <= 128 else (64, 64, 4, 2)
+
+
+def programs(N: int) -> tuple[int, int]:
+    """About how many programs for one sequence in each launch: two a multiprocessor, or some rounds of that."""
+    return (264, 264) if N <= 8192 else (1056, 528)
 
 
 def score_tokens(
@@ -37,7 +43,7 @@ def score_tokens(
     pool: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
-    config = tiles(q.dtype, q.shape[3])
+    config = (*tiles(q.dtype, q.shape[3]), *programs(k.shape[2]))
     return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, *config)
 
 
@@ -53,112 +59,134 @@ def launch(
     block_p: int,
     block_n: int,
     num_warps: int,
-    num_stages: tuple[int, int],
-    programs: int = PROGRAMS,
+    num_stages: int,
+    row_programs: int,
+    column_programs: int,
 ) -> tuple[Tensor, Tensor]:
-    """The operator with tiles of a given size."""
-    (B, Hq, M, D), Hkv, N, P = q.shape, k.shape[1], k.shape[2], probe_rows.shape[-1]
+    """The operator with tiles of a given size, and about so many programs a sequence in each launch."""
+    B, Hq, M, D = q.shape
+    Hkv, N = k.shape[1:3]
+    P = probe_rows.shape[-1]
     if D > MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
     G = 1 if pool == "layer" else Hkv
+    if B == 0 or M == 0 or N == 0 or P == 0:
+        nothing = torch.zeros((B, G, N), dtype=torch.float32, device=q.device)
+        return nothing, torch.zeros_like(nothing)
+    # How the work is cut depends on the shape of one sequence alone, so that its bits do not depend on the batch.
+    blocks = triton.cdiv(P, block_p)
+    split = _share(N, max(1, min(MAX_SPLITS, row_programs // (Hq * blocks))), block_n)
+    splits = triton.cdiv(N, split)
+    heads = Hq // G
+    part = next(n for n in range(triton.cdiv(heads, MAX_PARTS), heads + 1) if heads % n == 0)  # heads of a program
+    parts = heads // part
+    span = _share(N, max(1, column_programs // (G * parts)), block_n)
+    spans = triton.cdiv(N, span)
+
     accumulated = torch.empty((B, G, N), dtype=torch.float32, device=q.device)
     normalized = torch.empty_like(accumulated)
-    if B == 0 or N == 0:
-        return accumulated, normalized
-    if M == 0 or P == 0:
-        return accumulated.zero_(), normalized.zero_()
-
-    columns, parts = triton.cdiv(N, block_n), triton.cdiv(P, block_p)
-    splits = min(triton.cdiv(programs, Hq * parts), triton.cdiv(columns, 4), 16)  # of the columns
-    per_split = triton.cdiv(columns, splits) * block_n
-    heads = Hq // G
-    shares = min(heads, triton.cdiv(programs, columns * G))  # of the heads
-    per_share = triton.cdiv(heads, shares)
-    shares = triton.cdiv(heads, per_share)
-    statistics = torch.empty((B, Hq, 2, splits, P), dtype=torch.float32, device=q.device)
-    partial = torch.empty((B, G, shares, N), dtype=torch.float32, device=q.device) if shares > 1 else accumulated
-    counters = tickets(q.device, B * G * columns) if shares > 1 else None
-    rows_b = probe_rows.stride(0) if probe_rows.dim() == 2 else 0
-    common = (
+    partial = accumulated if parts == 1 else torch.empty((B, G, parts, N), dtype=torch.float32, device=q.device)
+    lse = torch.empty((B, Hq, splits, P), dtype=torch.float32, device=q.device)
+    arrived = torch.empty((B, G, spans), dtype=torch.int32, device=q.device)
+    rows_b = 0 if probe_rows.dim() == 1 else probe_rows.stride(0)
+    given = (
         q,
         k,
         probe_rows,
         dense(q_start),
         dense(leftpad_k),
         dense(seqused_k),
-        statistics,
+        lse,
+        arrived,
         *q.stride()[:3],
         *k.stride()[:3],
         rows_b,
         probe_rows.stride(-1),
-        (D**-0.5 if scale is None else scale) * math.log2(math.e),
-        N - M,
+        (D**-0.5 if scale is None else scale) * math.log2(math.e) or 1e-30,  # times -inf, 0 would be NaN
         M,
         N,
         P,
         Hq,
-        Hkv,
-        splits,
+        Hq // Hkv,
     )
-    options = {
+    shape = {
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_P": block_p,
         "BLOCK_N": block_n,
         "UPCAST": interpreting(),
         "num_warps": num_warps,
+        "num_stages": num_stages,
     }
-    _row_statistics[(splits * parts, Hq, B)](*common, per_split, parts, num_stages=num_stages[0], **options)
-    _column_sums[(columns, shares * G, B)](
-        *common,
+    grid = B * Hq * blocks * splits
+    counters = triton.next_power_of_2(triton.cdiv(arrived.numel(), grid))
+    _row_sums[(grid,)](*given, split, splits, arrived.numel(), COUNTERS=counters, **shape)
+    _column_sums[(B * G * parts * spans,)](
+        *given,
+        partial,
         accumulated,
         normalized,
-        partial,
-        counters,
+        splits,
+        span,
+        spans,
         G,
-        shares,
-        per_share,
+        part,
+        parts,
         SPLITS=triton.next_power_of_2(splits),
-        SHARES=triton.next_power_of_2(shares),
-        num_stages=num_stages[1],
-        **options,
+        **shape,
     )
     return accumulated, normalized
 
 
+def _share(N: int, shares: int, block_n: int) -> int:
+    """Columns of each of about so many shares: whole tiles."""
+    return -(-N // (shares * block_n)) * block_n
+
+
 @triton.jit
-def _bounds(q_start, leftpad_k, seqused_k, b, default_start, N):  # type: ignore[no-untyped-def]
-    """Column of query row 0, first valid column, and end of the valid columns."""
-    start = default_start
-    if q_start is not None:
-        start = tl.load(q_start + b)
+def _probes(  # type: ignore[no-untyped-def]
+    rows, q_start, leftpad_k, seqused_k, b, number, rows_b, rows_p, M, N, P
+):
+    """For probes of the given numbers: their rows, the last column that each sees (-1: none), and the first valid."""
     first = 0
     if leftpad_k is not None:
         first = tl.maximum(tl.load(leftpad_k + b), 0)
     end = N
     if seqused_k is not None:
         end = tl.minimum(tl.load(seqused_k + b), N)
-    return start, first, end
-
-
-@triton.jit
-def _probes(rows, p, P, M, start, first, end):  # type: ignore[no-untyped-def]
-    """Row of each probe, and the last column that it sees, -1 for a probe that does not count."""
-    row = tl.load(rows, mask=p < P, other=-1)  # [P]
+    start = N - M
+    if q_start is not None:
+        start = tl.load(q_start + b)
+    row = tl.load(rows + b * rows_b + number.to(tl.int64) * rows_p, mask=number < P, other=-1)
     at = row + start
-    counts = (row >= 0) & (row < M) & (at >= first) & (at < end)
-    return row, tl.where(counts, at, -1)
+    at = tl.where((row >= 0) & (row < M) & (at >= first) & (at < end), at, -1)
+    return row, at, first
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _row_statistics(  # type: ignore[no-untyped-def]
+def _queries(  # type: ignore[no-untyped-def]
+    q, row, at, q_m, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
+):
+    """The probes' queries [P, D], 0 for a probe that sees nothing; negative for a negative scale."""
+    d = tl.arange(0, BLOCK_D)
+    Q = tl.load(q + row.to(tl.int64)[:, None] * q_m + d, mask=(at >= 0)[:, None] & (d < D), other=0)
+    if scale < 0:  # a positive scale lets the maximum be taken before scaling
+        Q = (-Q.to(tl.float32)).to(Q.dtype)
+    if UPCAST:
+        Q = Q.to(tl.float32)
+    return Q
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _row_sums(  # type: ignore[no-untyped-def]
     q,  # [B, Hq, M, D]
     k,  # [B, Hkv, N, D]
-    probe_rows,  # [P] or [B, P]
+    rows,  # [P] or [B, P]
     q_start,  # [B] or None
     leftpad_k,  # [B] or None
     seqused_k,  # [B] or None
-    statistics,  # [B, Hq, 2, splits, P]: maxima, and sums of powers below them
+    lse,  # [B, Hq, splits, P], written: log2 of the sum of exp2 of a probe's scores over a split
+    arrived,  # [B, G, spans], cleared for the next launch
     q_b,
     q_h,
     q_m,
@@ -168,64 +196,69 @@ def _row_statistics(  # type: ignore[no-untyped-def]
     rows_b,
     rows_p,
     scale,  # in powers of two
-    default_start,
     M,
     N,
     P,
     Hq,
-    Hkv,
+    shared,  # query heads of a KV head
+    split,  # columns
     splits,
-    per_split,  # columns
-    parts,  # of the probes
+    all_arrived,  # elements of `arrived`
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COUNTERS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    split = tl.program_id(0) // parts
-    p = tl.program_id(0) % parts * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
-    h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)  # [D]
-    start, first, end = _bounds(q_start, leftpad_k, seqused_k, b, default_start, N)
-    row, at = _probes(probe_rows + b * rows_b + p * rows_p, p, P, M, start, first, end)
+    pid = tl.program_id(0)
+    counter = pid * COUNTERS + tl.arange(0, COUNTERS)
+    tl.store(arrived + counter, tl.zeros([COUNTERS], tl.int32), mask=counter < all_arrived)
 
-    place = q + b * q_b + h.to(tl.int64) * q_h + row.to(tl.int64)[:, None] * q_m + d
-    Q = tl.load(place, mask=(at >= 0)[:, None] & (d < D), other=0)  # [P, D]
-    if UPCAST:
-        Q = Q.to(tl.float32)
-    k += b * k_b + (h // (Hq // Hkv)).to(tl.int64) * k_h
-    largest = tl.full([BLOCK_P], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_P], tl.float32)
-    begin = tl.maximum(split * per_split, first // BLOCK_N * BLOCK_N)
-    stop = tl.minimum((split + 1) * per_split, tl.max(at, 0) + 1)
-    for j0 in range(begin, stop, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)  # [N]
-        valid = (j >= first) & (j < end)
-        K = tl.load(k + j.to(tl.int64)[None, :] * k_n + d[:, None], mask=valid & (d < D)[:, None], other=0)  # [D, N]
+    # Query heads that read the same keys side by side, so that the keys come from L2 for all but one.
+    blocks = tl.cdiv(P, BLOCK_P)
+    block = pid % blocks
+    part = pid // blocks % shared
+    s = pid // blocks // shared % splits
+    kv = pid // blocks // shared // splits % (Hq // shared)
+    b = (pid // blocks // splits // Hq).to(tl.int64)
+    h = kv * shared + part
+
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
+    row, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+    Q = _queries(q + b * q_b + h.to(tl.int64) * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST)  # [P, D]
+    scale = tl.abs(scale)
+    k += b * k_b + kv.to(tl.int64) * k_h
+    d = tl.arange(0, BLOCK_D)  # [D]
+    largest = tl.full([BLOCK_P], -3.0e38, tl.float32)  # [P], of the scores so far; finite where none is seen
+    total = tl.zeros([BLOCK_P], tl.float32)  # [P], of the weights so far
+    begin = tl.maximum(s * split, first)
+    end = tl.minimum((s + 1) * split, tl.max(at, 0) + 1)
+    for j in range(begin, end, BLOCK_N):
+        column = j + tl.arange(0, BLOCK_N)  # [N]
+        inside = (column < end) & (d < D)[:, None]
+        K = tl.load(k + column.to(tl.int64)[None, :] * k_n + d[:, None], mask=inside, other=0)  # [D, N]
         if UPCAST:
             K = K.to(tl.float32)
-        scores = tl.dot(Q, K, input_precision="ieee") * scale  # [P, N]
-        scores = tl.where(valid & (j <= at[:, None]), scores, -float("inf"))
-        above = tl.maximum(largest, tl.max(scores, 1))
-        base = tl.where(above == -float("inf"), 0, above)
-        total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
+        scores = tl.dot(Q, K, input_precision="ieee")  # [P, N]
+        scores = tl.where((column[None, :] <= at[:, None]) & (column < end), scores, -float("inf"))
+        above = tl.maximum(largest, tl.max(scores, 1) * scale)
+        total = total * tl.exp2(largest - above) + tl.sum(tl.exp2(scores * scale - above[:, None]), 1)
         largest = above
-    out = statistics + ((b * Hq + h) * 2 * splits + split) * P + p
-    tl.store(out, largest, mask=p < P)
-    tl.store(out + splits * P, total, mask=p < P)
+    result = tl.where(total > 0, largest + tl.log2(total), -float("inf"))
+    tl.store(lse + ((b * Hq + h) * splits + s) * P + p, result, mask=p < P)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _column_sums(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    probe_rows,
-    q_start,
-    leftpad_k,
-    seqused_k,
-    statistics,
+    q,  # [B, Hq, M, D]
+    k,  # [B, Hkv, N, D]
+    rows,  # [P] or [B, P]
+    q_start,  # [B] or None
+    leftpad_k,  # [B] or None
+    seqused_k,  # [B] or None
+    lse,  # [B, Hq, splits, P]
+    arrived,  # [B, G, spans], programs of a span that are done
     q_b,
     q_h,
     q_m,
@@ -234,86 +267,89 @@ def _column_sums(  # type: ignore[no-untyped-def]
     k_n,
     rows_b,
     rows_p,
-    scale,
-    default_start,
+    scale,  # in powers of two
     M,
     N,
     P,
     Hq,
-    Hkv,
-    splits,
+    shared,  # query heads of a KV head
+    partial,  # [B, G, parts, N]
     accumulated,  # [B, G, N]
     normalized,  # [B, G, N]
-    partial,  # [B, G, shares, N]
-    counters,  # [B, G, columns], None with one share
+    splits,
+    span,  # columns
+    spans,
     G,
-    shares,
-    per_share,  # heads
+    part,  # heads of a program
+    parts,
+    SPLITS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SHARES: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    share = tl.program_id(1) % shares
-    g = tl.program_id(1) // shares
-    b = tl.program_id(2).to(tl.int64)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what the first launch read last is still in L2
+    place = pid % spans
+    head = pid // spans % (G * parts) * part
+    g = pid // spans // parts % G
+    b = (pid // spans // parts // G).to(tl.int64)
+
+    blocks = tl.cdiv(P, BLOCK_P)
+    last = tl.full([BLOCK_P], -1, tl.int32)
+    first = 0
+    for block in range(blocks):
+        p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+        _, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+        last = tl.maximum(last, at)
+    begin = tl.maximum(place * span, first)
+    end = tl.minimum((place + 1) * span, tl.max(last, 0) + 1)  # no probe sees a column from here on
+
     d = tl.arange(0, BLOCK_D)  # [D]
-    j = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
-    start, first, end = _bounds(q_start, leftpad_k, seqused_k, b, default_start, N)
-    valid = (j >= first) & (j < end)
-    s = tl.arange(0, SPLITS)
-    heads = Hq // G
-    sums = tl.zeros([BLOCK_N], tl.float32)
-    k += b * k_b + j.to(tl.int64)[None, :] * k_n + d[:, None]
-    q += b * q_b + d
+    n = tl.arange(0, BLOCK_N)  # [N]
+    mine = partial + ((b * G * parts) + head // part) * N
+    for item in range(part * blocks):
+        h = (head + item // blocks).to(tl.int64)
+        p = item % blocks * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
+        row, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+        Q = tl.trans(_queries(q + b * q_b + h * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST))  # [D, P]
+        s = tl.arange(0, SPLITS)[:, None]
+        part_at = lse + ((b * Hq + h) * splits + s) * P + p  # [S, P]
+        parts_lse = tl.load(part_at, mask=(s < splits) & (p < P), other=-float("inf"))
+        largest = tl.maximum(tl.max(parts_lse, 0), -3.0e38)  # [P]
+        total = tl.sum(tl.exp2(parts_lse - largest), 0)
+        whole = tl.where(total > 0, largest + tl.log2(total), float("inf"))  # [P], makes weights of 0 where none is
+        k_h_at = k + b * k_b + h // shared * k_h
+        for j in range(begin, end, BLOCK_N):
+            column = j + n  # [N]
+            K = tl.load(
+                k_h_at + column.to(tl.int64)[:, None] * k_n + d, mask=(column < end)[:, None] & (d < D), other=0
+            )  # [N, D]
+            if UPCAST:
+                K = K.to(tl.float32)
+            scores = tl.dot(K, Q, input_precision="ieee")  # [N, P]
+            weights = tl.exp2(scores * tl.abs(scale) - whole)
+            weights = tl.where(column[:, None] <= at, weights, 0)
+            before = tl.load(mine + column, mask=(column < end) & (item > 0), other=0)
+            tl.store(mine + column, before + tl.sum(weights, 1), mask=column < end)
+        tl.debug_barrier()  # the next head reads what other threads wrote
 
-    for p0 in range(0, P, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)  # [P]
-        row, at = _probes(probe_rows + b * rows_b + p * rows_p, p, P, M, start, first, end)
-        if tl.max(at, 0) >= tile * BLOCK_N:  # else none of them sees the tile
-            place = q + row.to(tl.int64)[:, None] * q_m
-            counts = (at >= 0)[:, None] & (d < D)
-            sees = valid & (j <= at[:, None])  # [P, N]
-            there = (s < splits)[:, None] & (p < P)
-            for i in range(tl.minimum(per_share, heads - share * per_share)):
-                h = g * heads + share * per_share + i
-                K = tl.load(k + (h // (Hq // Hkv)).to(tl.int64) * k_h, mask=valid & (d < D)[:, None], other=0)  # [D, N]
-                Q = tl.load(place + h.to(tl.int64) * q_h, mask=counts, other=0)  # [P, D]
-                if UPCAST:
-                    K, Q = K.to(tl.float32), Q.to(tl.float32)
-                # What the splits found, put together.
-                found = statistics + ((b * Hq + h) * 2 * splits + s[:, None]) * P + p  # [S, P]
-                largest = tl.load(found, mask=there, other=-float("inf"))
-                total = tl.load(found + splits * P, mask=there, other=0)
-                above = tl.max(largest, 0)
-                base = tl.where(above == -float("inf"), 0, above)
-                total = tl.sum(total * tl.exp2(largest - base), 0)  # [P]
-                offset = base + tl.log2(tl.where(total > 0, total, 1))
-                scores = tl.dot(Q, K, input_precision="ieee") * scale - offset[:, None]  # [P, N]
-                sums += tl.sum(tl.exp2(tl.where(sees, scores, -float("inf"))), 0)
-
-    if SHARES > 1:
-        mine = (b * G + g) * shares
-        tl.store(partial + (mine + share) * N + j, sums, mask=j < N)
-        tl.debug_barrier()  # all threads have stored before the ticket says so
-        counter = counters + (b * G + g) * tl.num_programs(0) + tile
-        if tl.atomic_add(counter, 1, sem="acq_rel") != shares - 1:
-            return
-        tl.atomic_xchg(counter, 0)
-        of = tl.arange(0, SHARES)
-        held = partial + (mine + of[:, None]) * N + j  # [shares, N]
-        parts = tl.load(held, mask=(of < shares)[:, None] & (j < N), other=0, cache_modifier=".cg")
-        sums = tl.sum(parts, 0)
-    seen = tl.zeros([BLOCK_N], tl.int32)
-    for p0 in range(0, P, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)
-        _, at = _probes(probe_rows + b * rows_b + p * rows_p, p, P, M, start, first, end)
-        seen += tl.sum((j <= at[:, None]).to(tl.int32), 0)
-    seen = tl.where(valid, seen, 0)
-    out = (b * G + g) * N + j
-    tl.store(accumulated + out, sums, mask=j < N)
-    tl.store(normalized + out, tl.where(seen > 0, sums / (heads * tl.maximum(seen, 1)), 0), mask=j < N)
+    # The last program to arrive adds the parts.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + (b * G + g) * spans + place, 1, sem="acq_rel") == parts - 1:
+        for j in range(place * span, tl.minimum((place + 1) * span, N), BLOCK_N):
+            column = j + n
+            inside = (column >= begin) & (column < end)
+            total = tl.zeros([BLOCK_N], tl.float32)
+            for i in range(parts):
+                found = partial + ((b * G + g) * parts + i) * N + column
+                total += tl.load(found, mask=inside, other=0, cache_modifier=".cg")
+            seen = tl.zeros([BLOCK_N], tl.int32)  # [N], how many probes see a column
+            for block in range(blocks):
+                p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+                _, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+                seen += tl.sum((column[:, None] <= at).to(tl.int32), 1)
+            mean = total / (tl.maximum(seen, 1) * (part * parts)).to(tl.float32)
+            result = (b * G + g) * N + column
+            tl.store(accumulated + result, total, mask=column < N)
+            tl.store(normalized + result, mean, mask=column < N)
