@@ -1,4 +1,4 @@
-"""`zipvl bench`: speed of the operators on the shapes of real models, beside dense attention. Nothing wrong is timed."""
+"""`zipvl bench`: the operators' speed on shapes of real models, beside dense attention. Nothing wrong is timed."""
 
 import importlib
 import json
@@ -84,7 +84,9 @@ def check_lengths(lengths: str | None) -> list[int] | None:
     try:
         return [check_positive("--lengths", int(length)) for length in lengths.split(",")]
     except ValueError:
-        raise UserError(f"--lengths {lengths}: expected whole numbers with commas between, such as 2880,8192.") from None
+        raise UserError(
+            f"--lengths {lengths}: expected whole numbers with commas between, such as 2880,8192."
+        ) from None
 
 
 def check_geometries(names: list[str] | None) -> "list[Geometry]":
@@ -174,7 +176,7 @@ def _record(
                 failed.append(f"{operator}: not timed, this machine has no GPU kernel of it ('zipvl env' says why)")
                 continue
             for g, N in sizes:
-                run(lambda g=g, N=N: PROBLEMS[operator](g, N), fns, f"{operator} {g.heads} {N:,}")  # type: ignore[misc]
+                run(lambda o=operator, g=g, N=N: PROBLEMS[o](g, N), fns, f"{operator} {g.heads} {N:,}")  # type: ignore[misc]
             if operator != "zipvl_prefill_":
                 continue
             for g in geometries:
@@ -225,7 +227,7 @@ def _gpu_versions() -> dict[str, Any]:
 
     from zipvl_adapters.cli.env import environment
 
-    found: dict[str, Any] = {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+    found: dict[str, Any] = {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
     for name in ("cupy-cuda13x", "cupy-cuda12x", "flash-attn-4"):
         try:
             found[name] = version(name)
@@ -251,9 +253,7 @@ def _show(record: dict[str, Any], out: Path, *, write_json: bool) -> None:
     """Print the table, write the files, and fail where something was wrong."""
     console = Console()
     if record["rows"]:
-        print_table(
-            console, HEADINGS, table(record["rows"]), title="Speed", caption=caption(record), labels=4
-        )
+        print_table(console, HEADINGS, table(record["rows"]), title="Speed", caption=caption(record), labels=4)
     for line in [*overhead_lines(record), *record["failed"]]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     with whole_files(out) as folder:

@@ -1,4 +1,4 @@
-"""What is timed: each operator on the shapes of real models, a check on those very inputs, and what it is compared with.
+"""What is timed: each operator on shapes of real models, a check on those very inputs, and what it is compared with.
 
 A batch of one unless the operator decodes, bf16, causal, random inputs as a model hands them over: views of
 `[B, N, H, D]`.
@@ -70,7 +70,9 @@ class Problem:
 def score_problem(geometry: Geometry, N: int) -> Problem:
     """The probes' scores of all tokens; the bytes are those of reading K once."""
     sets = sets_of(2 * N * geometry.D * (geometry.Hq + geometry.Hkv))
-    inputs = [(_draw(1, geometry.Hq, N, geometry.D), _draw(1, geometry.Hkv, N, geometry.D)) for _ in range(sets)]
+    inputs: list[tuple[Any, ...]] = [
+        (_draw(1, geometry.Hq, N, geometry.D), _draw(1, geometry.Hkv, N, geometry.D)) for _ in range(sets)
+    ]
     rows = zk.probe_rows(N, device=DEVICE)
 
     def check(fn: Fn) -> None:
@@ -87,7 +89,7 @@ def score_problem(geometry: Geometry, N: int) -> Problem:
         sets,
         lambda fn: lambda i: fn(*inputs[i], rows),
         check,
-        baselines={RECIPE: lambda i: _recipe_scores(*inputs[i], rows)},
+        baselines={RECIPE: lambda i: _recipe_scores(rows, *inputs[i])},
         num_bytes=2 * geometry.Hkv * N * geometry.D + 2 * geometry.Hq * len(rows) * geometry.D + 8 * N,
         flops=2 * 2 * geometry.Hq * len(rows) * N * geometry.D,
     )
@@ -97,7 +99,7 @@ def select_problem(geometry: Geometry, N: int) -> Problem:
     """Selection by tau. The scores stay in L2, where the operator before has just left them."""
     sets = sets_of(8 * N)
     accumulated = [torch.randn(1, 1, N, device=DEVICE).mul(2).exp() for _ in range(sets)]
-    inputs = [(a, a / torch.arange(N, 0, -1, device=DEVICE)) for a in accumulated]
+    inputs: list[tuple[Any, ...]] = [(a, a / torch.arange(N, 0, -1, device=DEVICE)) for a in accumulated]
     p = ceil(KEEP_RATIO * N)
 
     def check(fn: Fn) -> None:
@@ -126,7 +128,9 @@ def compact_problem(geometry: Geometry, N: int) -> Problem:
     """Moving the kept rows to the front. Run again it moves as many, for it goes by the indices alone."""
     p = ceil(KEEP_RATIO * N)
     sets = sets_of(4 * N * geometry.D * geometry.Hkv)
-    inputs = [(*(_draw(1, geometry.Hkv, N, geometry.D) for _ in range(2)), *_random_set(N, p)) for _ in range(sets)]
+    inputs: list[tuple[Any, ...]] = [
+        (*(_draw(1, geometry.Hkv, N, geometry.D) for _ in range(2)), *_random_set(N, p)) for _ in range(sets)
+    ]
     kept = [indices[0, 0, :p].long() for *_, indices, _ in inputs]
 
     def check(fn: Fn) -> None:
@@ -148,14 +152,16 @@ def compact_problem(geometry: Geometry, N: int) -> Problem:
 
 
 def sparse_problem(geometry: Geometry, N: int) -> Problem:
-    """Attention of the kept tokens over compacted keys; dense is the problem of as many tokens without the gathering."""
+    """Attention of the kept tokens over compacted keys; dense: as many tokens, and nothing to gather or scatter."""
     Hq, Hkv, D, p = geometry.Hq, geometry.Hkv, geometry.D, ceil(KEEP_RATIO * N)
     sets = sets_of(2 * D * (2 * N * Hq + 2 * p * Hkv))
-    inputs = [
+    inputs: list[tuple[Any, ...]] = [
         (_draw(1, Hq, N, D), *(_draw(1, Hkv, N, D)[:, :, :p] for _ in range(2)), *_random_set(N, p))
         for _ in range(sets)
     ]
-    dense = [(q[:, :, ix[0, 0, :p].long()].contiguous(), k.contiguous(), v.contiguous()) for q, k, v, ix, _ in inputs]
+    dense: list[tuple[Any, ...]] = [
+        (q[:, :, ix[0, 0, :p].long()].contiguous(), k.contiguous(), v.contiguous()) for q, k, v, ix, _ in inputs
+    ]
 
     def check(fn: Fn) -> None:
         q, k, v, indices, counts = inputs[0]
@@ -178,7 +184,9 @@ def decode_problem(geometry: Geometry, N: int, B: int = 1) -> Problem:
     """One new row over a cache of `N` used rows; dense is cuDNN's."""
     Hq, Hkv, D = geometry.Hq, geometry.Hkv, geometry.D
     sets = sets_of(4 * B * N * D * Hkv)
-    inputs = [(_draw(B, Hq, 1, D), *(_draw(B, Hkv, N, D) for _ in range(2))) for _ in range(sets)]
+    inputs: list[tuple[Any, ...]] = [
+        (_draw(B, Hq, 1, D), *(_draw(B, Hkv, N, D) for _ in range(2))) for _ in range(sets)
+    ]
     used = torch.full((B,), N, dtype=torch.int32, device=DEVICE)
 
     def check(fn: Fn) -> None:
@@ -207,7 +215,7 @@ def prefill_problem(geometry: Geometry, N: int, keep_ratio: float = KEEP_RATIO) 
     Hq, Hkv, D, p = geometry.Hq, geometry.Hkv, geometry.D, ceil(keep_ratio * N)
     sets = sets_of(2 * D * N * (2 * Hq + 2 * Hkv))
     clean = [_draw(1, Hkv, N, D) for _ in range(2)]
-    inputs = [(_draw(1, Hq, N, D), *(torch.clone(x) for x in clean)) for _ in range(sets)]
+    inputs: list[tuple[Any, ...]] = [(_draw(1, Hq, N, D), *(torch.clone(x) for x in clean)) for _ in range(sets)]
     rows = zk.probe_rows(N, device=DEVICE)
 
     def restore() -> None:  # what is timed compacts k and v, and compacted tokens would be selected otherwise
@@ -222,7 +230,7 @@ def prefill_problem(geometry: Geometry, N: int, keep_ratio: float = KEEP_RATIO) 
         kept = indices[0, 0, :p].long()
         assert counts.tolist() == [[p]], f"counts: expected {p}, got {counts.tolist()}"
         assert bool((indices[0, 0, p:] == -1).all()), "indices: expected -1 behind the set"
-        assert bool((kept.diff() > 0).all()) and bool((kept >= 0).all()), "indices: expected ascending columns"
+        assert bool((kept.diff() > 0).all() & (kept >= 0).all()), "indices: expected ascending columns"
         _check_choice(scores(q, clean[0], rows, torch.float64)[1], scores(q, clean[0], rows, DTYPE)[1], kept)
         for name, now, old in (("k", k, clean[0]), ("v", v, clean[1])):
             assert torch.equal(now[:, :, :p], old[:, :, kept]), f"{name}: expected the rows of the set in order"
@@ -238,7 +246,7 @@ def prefill_problem(geometry: Geometry, N: int, keep_ratio: float = KEEP_RATIO) 
         CUDNN,
         {
             CUDNN: lambda i: cudnn(*inputs[i]),
-            RECIPE: lambda i: recipe(*inputs[i], rows, p),
+            RECIPE: lambda i: recipe(rows, p, *inputs[i]),
             **_flash(inputs),
         },
         restore,
@@ -256,15 +264,15 @@ PROBLEMS: dict[str, Callable[[Geometry, int], list[Problem]]] = {
 }
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+def cudnn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
     """cuDNN's attention through torch."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def recipe(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
+def recipe(rows: Tensor, p: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ZipVL's prefill as torch's operators offer it, with `p` tokens kept: output, kept keys, kept values."""
-    accumulated, normalized = _recipe_scores(q, k, rows)
+    accumulated, normalized = _recipe_scores(rows, q, k)
     sums = accumulated.sort(-1, descending=True).values.cumsum(-1)
     (sums < TAU * sums[-1:]).sum()  # the count, if it were not forced
     normalized[-1:] = torch.inf
@@ -274,7 +282,7 @@ def recipe(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, p: int) -> tuple[Tenso
     return torch.zeros_like(q).index_copy_(2, kept, out), K, V
 
 
-def _recipe_scores(q: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _recipe_scores(rows: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Both scores `[N]` by way of a P x N matrix a head."""
     (Hkv, N), P = k.shape[1:3], len(rows)
     hidden = torch.arange(N, device=q.device) > rows[:, None]  # [P, N]

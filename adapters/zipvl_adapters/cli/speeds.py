@@ -233,6 +233,7 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[str]:
     ratio = record["settings"]["keep_ratio"]
     by_length = [row for row in prefill if abs(row["shape"]["kept"] / row["shape"]["N"] - ratio) < 1e-3]
     by_share = [row for row in prefill if row["shape"]["N"] == record["settings"].get("ratio_length")]
+    x: Callable[[Row], float]
     for name, rows, x, label in (
         ("length.png", by_length, lambda row: row["shape"]["N"], "tokens"),
         ("kept.png", by_share, lambda row: 100 * row["shape"]["kept"] / row["shape"]["N"], "tokens kept (%)"),
@@ -244,7 +245,9 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[str]:
             axis = figure.subplots()
             for colour, heads in zip(_COLOURS, dict.fromkeys(row["heads"] for row in rows), strict=False):
                 for provider, style in (("zipvl", "o-"), ("recipe in torch", "s--"), ("flash-attn-4", "^:")):
-                    line = sorted((x(r), r["x_dense"]) for r in rows if (r["heads"], r["provider"]) == (heads, provider))
+                    line = sorted(
+                        (x(r), r["x_dense"]) for r in rows if (r["heads"], r["provider"]) == (heads, provider)
+                    )
                     if line:
                         axis.plot(*zip(*line, strict=True), style, color=colour, label=f"{provider}, {heads}")
             axis.axhline(1, color="#1f2933", linewidth=1)

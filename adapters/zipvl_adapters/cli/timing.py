@@ -92,7 +92,7 @@ def capture(call: Call, sets: int) -> "torch.cuda.CUDAGraph":
 
 
 def ceilings() -> dict[str, float]:
-    """What this GPU reaches: bytes read and written a second by a large copy, FLOPs a second by a large bf16 product."""
+    """What this GPU reaches a second: bytes read and written by a large copy, FLOPs by a large bf16 product."""
     source = torch.randint(256, (1 << 30,), dtype=torch.uint8, device="cuda")
     copy = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
