@@ -53,7 +53,7 @@ _DEFAULTS: Config = {
 }  # fmt: skip
 
 
-def _by_name(names: str, *values: tuple[int, ...]) -> tuple[Config, ...]:
+def _by_name(names: str, *values: tuple[Any, ...]) -> tuple[Config, ...]:
     return tuple(dict(zip(names.split(), row, strict=True)) for row in values)
 
 
@@ -101,7 +101,15 @@ def tables() -> Iterator[Table]:
             "score_tokens",
             lambda D: dict(zip(names.split(), score.tiles(half, D), strict=True)),
             (
-                *_by_name(names, (128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3), (128, 256, 8, 2)),
+                *_by_name(
+                    names,
+                    (128, 128, 8, (2, 2)),
+                    (128, 128, 8, (3, 1)),
+                    (128, 64, 4, (3, 2)),
+                    (128, 64, 8, (3, 2)),
+                    (64, 128, 4, (3, 2)),
+                    (128, 256, 8, (2, 1)),
+                ),
                 *({**dict(zip(names.split(), score.tiles(half, 128), strict=True)), "programs": n} for n in (132, 528)),
             ),
         )
