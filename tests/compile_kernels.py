@@ -22,7 +22,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-
 # Each target, and how many kilobytes of shared memory a block may have there.
 TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), 227),
@@ -94,8 +93,8 @@ def compact_kv_(fn, dtype, D):
 
 def sparse_attention(fn, dtype, D):
     q, k, v = qkv(dtype, D)
-    yield "in place", lambda: fn(q, k, v, ints(1, 1, 2880), ints(1, 1))
     yield "compacted", lambda: fn(q, k, v, ints(1, 1, 2880), ints(1, 1), kv_compacted=True)
+    yield "in place", lambda: fn(q, k, v, ints(1, 1, 2880), ints(1, 1))
     yield "a chunk", lambda: fn(q, k, v, ints(1, 1, 2880), ints(1, 1), kv_compacted=True, q_start=ints(1))
 
 
