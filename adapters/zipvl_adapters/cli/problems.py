@@ -80,7 +80,7 @@ def score_problem(geometry: Geometry, N: int) -> Problem:
         got = fn(q, k, rows)
         exact, plain = (scores(q, k, rows, t) for t in (torch.float64, DTYPE))
         for name, g, e, p in zip(("accumulated", "normalized"), got, exact, plain, strict=True):
-            _assert_within(name, g, e, p, torch.float32)
+            _assert_within(name, g, e, p, _rounding(q, k) * float(e.max()), torch.float32)
 
     return Problem(
         "score_tokens",
@@ -195,7 +195,7 @@ def decode_problem(geometry: Geometry, N: int, B: int = 1) -> Problem:
         last = torch.tensor([N - 1], device=DEVICE)
         for b in range(B):
             exact, plain = (_attended(q[b], k[b], v[b], last, t) for t in (torch.float64, DTYPE))
-            _assert_within("out", out[b], exact, plain, DTYPE)
+            _assert_within("out", out[b], exact, plain, _rounding(q, k) * float(v.abs().max()), DTYPE)
 
     return Problem(
         "decode_attention",
@@ -346,7 +346,7 @@ def _check_attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor)
     at = torch.randperm(p, device=q.device)[:SAMPLED_ROWS]
     at[0], at[-1] = 0, p - 1
     exact, plain = (_attended(q[0, :, kept[at]], k[0], v[0], at, t) for t in (torch.float64, DTYPE))
-    _assert_within("out", out[0, :, kept[at]], exact, plain, DTYPE)
+    _assert_within("out", out[0, :, kept[at]], exact, plain, _rounding(q, k) * float(v.abs().max()), DTYPE)
     dropped = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
     dropped[kept] = False
     assert bool((out[0, :, dropped] == 0).all()), "out: expected exactly 0 in rows that are not kept"
@@ -365,10 +365,21 @@ def _check_choice(exact: Tensor, plain: Tensor, kept: Tensor) -> None:
         assert least >= best - 2 * slack, f"indices: a token of {least:.6g} kept before one of {best:.6g}"
 
 
-def _assert_within(name: str, got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
-    """At most twice the error of the plain computation, plus a rounding to `dtype`, as the contract has it."""
+def _rounding(q: Tensor, k: Tensor) -> float:
+    """What roundings to fp32 can change in a softmax average, relatively: see `zipvl_reference.testing.budget.atom`."""
+    largest = q.abs().amax((0, 1, 2)).double() @ k.abs().amax((0, 1, 2)).double() * q.shape[3] ** -0.5
+    return float(2 * largest + 4) * torch.finfo(torch.float32).eps
+
+
+def _assert_within(name: str, got: Tensor, exact: Tensor, plain: Tensor, rounding: float, dtype: torch.dtype) -> None:
+    """At most twice the error of the plain computation, plus what a rounding can change, as the contract has it.
+
+    Each row has a budget of its own: the first ones are large, and would hide that the last are wrong.
+    """
     assert got.shape == exact.shape, f"{name}: expected shape {list(exact.shape)}, got {list(got.shape)}"
     assert bool(got.isfinite().all()), f"{name}: expected finite values"
-    allowed = 2 * float((plain.double() - exact).abs().max()) + torch.finfo(dtype).eps * float(exact.abs().max())
-    error = float((got.double() - exact).abs().max())
-    assert error <= allowed, f"{name}: error {error:.3g} is over the budget of {allowed:.3g}"
+    largest, usual, error = (x.double().abs().amax(-1) for x in (exact, plain.double() - exact, got.double() - exact))
+    allowed = 2 * usual + rounding + torch.finfo(dtype).eps / 2 * largest
+    worst = int((error - allowed).argmax())
+    error, allowed = error.flatten()[worst], allowed.flatten()[worst]
+    assert bool(error <= allowed), f"{name}: error {float(error):.3g} is over the budget of {float(allowed):.3g}"
