@@ -33,7 +33,7 @@ check: lint types test
 # The two below need more than `make test` has: a GPU, or minutes. PYTHON_GPU: an interpreter whose torch sees the GPU.
 PYTHON_GPU ?= $(BIN)/python
 
-gpu-check:  ## every operator and backend on this machine's GPU, writes bench/results/GPU/check.json
+gpu-check: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(STAMP))  ## every operator and backend on this machine's GPU, writes bench/results/GPU/check.json
 	PYTHONPATH=.:adapters:reference:tests $(PYTHON_GPU) tests/gpu/check.py
 
 compile-check: $(STAMP)  ## every kernel and configuration for every target, without a GPU

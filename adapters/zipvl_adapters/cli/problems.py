@@ -63,6 +63,7 @@ class Problem:
     dense: str | None = None  # the baseline that "x dense" is taken from
     baselines: dict[str, Call] = field(default_factory=dict)
     restore: Callable[[], object] | None = None
+    cold: bool = True  # its inputs come from memory, not from L2
     num_bytes: int | None = None  # that have to be read and written
     flops: int | None = None
 
@@ -121,6 +122,8 @@ def select_problem(geometry: Geometry, N: int) -> Problem:
         lambda fn: lambda i: fn(*inputs[i], tau=TAU),
         check,
         baselines={RECIPE: recipe},
+        restore=lambda: [x.mul_(1) for pair in inputs for x in pair],
+        cold=False,
     )
 
 

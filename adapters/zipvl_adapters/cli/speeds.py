@@ -64,7 +64,11 @@ def measure(
     if not right:
         return [], failed
     times, refused = time_calls(
-        {**right, **problem.baselines}, problem.sets, restore=problem.restore, seconds=seconds or SECONDS
+        {**right, **problem.baselines},
+        problem.sets,
+        restore=problem.restore,
+        cold=problem.cold,
+        seconds=seconds or SECONDS,
     )
     failed += [f"{where}: {name} is not timed, {why}" for name, why in refused.items()]
     dense = times.get(problem.dense) if problem.dense else None

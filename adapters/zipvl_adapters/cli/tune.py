@@ -175,7 +175,9 @@ def _times(operators: list[str], lengths: list[int]) -> tuple[list[list[str]], l
                         calls[_words(config)] = problem.call(table.call(config))
                     except Exception as error:
                         failed.append(f"{what}: {_words(config)} {type(error).__name__}: {str(error)[:100]}")
-                times, refused = time_calls(calls, problem.sets, restore=problem.restore, seconds=0.05)
+                times, refused = time_calls(
+                    calls, problem.sets, restore=problem.restore, cold=problem.cold, seconds=0.05
+                )
                 failed += [f"{what}: {name} {why}" for name, why in refused.items()]
                 reporter.advance(1)
                 if _words(shipped) not in times:
