@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types check clean
+.PHONY: setup demo test lint types check gpu-check compile-check clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,15 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 check: lint types test
+
+# The two below need more than `make test` has: a GPU, or minutes. PYTHON_GPU: an interpreter whose torch sees the GPU.
+PYTHON_GPU ?= $(BIN)/python
+
+gpu-check: $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(STAMP))  ## every operator and backend on this machine's GPU, writes bench/results/GPU/check.json
+	PYTHONPATH=.:adapters:reference:tests $(PYTHON_GPU) tests/gpu/check.py
+
+compile-check: $(STAMP)  ## every kernel and configuration for every target, without a GPU
+	ZIPVL_COMPILE_ALL=1 $(BIN)/python -m pytest tests/test_compile_targets.py
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,31 +1,19 @@
-"""`compact_kv_` against gathering into new memory. Run: pytest bench/bench_compact_kv.py"""
+"""`compact_kv_` against gathering into new memory.
 
-import torch
-from common import dense, geometries, random_set, timed
+Run: pytest bench/bench_compact_kv.py
+"""
 
-import zipvl_kernels as zk
+from common import baseline, ours, shapes
+from zipvl_adapters.cli.problems import RECIPE
 
-
-@geometries
-def test_compact_kv(benchmark, geometry):
-    _, k, v = geometry.qkv()
-    indices, counts = random_set(geometry.N)
-    kept = indices[indices >= 0].long()
-    wanted = k[:, :, kept], v[:, :, kept]
-    zk.compact_kv_(k, v, indices, counts)
-    assert torch.equal(k[:, :, : len(kept)], wanted[0])
-    assert torch.equal(v[:, :, : len(kept)], wanted[1])
-    timed(benchmark, zk.compact_kv_, k, v, indices, counts)  # moves as many rows again, whatever they hold
+OPERATOR = "compact_kv_"
 
 
-@geometries
-def test_baseline_gather(benchmark, geometry):
-    _, k, v = geometry.qkv()
-    indices, _ = random_set(geometry.N)
-    kept = indices[indices >= 0].long()
-    timed(benchmark, lambda: (k.index_select(2, kept), v.index_select(2, kept)))
+@shapes(OPERATOR)
+def test_compact_kv(benchmark, geometry, N, place):
+    ours(benchmark, OPERATOR, geometry, N, place)
 
 
-@geometries
-def test_baseline_dense_attention(benchmark, geometry):
-    timed(benchmark, dense, *geometry.qkv())
+@shapes(OPERATOR)
+def test_baseline_gather(benchmark, geometry, N, place):
+    baseline(benchmark, RECIPE, OPERATOR, geometry, N, place)

@@ -1,33 +1,19 @@
-"""`decode_attention` over the kept tokens against SDPA over all of them. Run: pytest bench/bench_decode_attention.py"""
+"""`decode_attention` against cuDNN, for one sequence and for eight.
 
-import torch
-import torch.nn.functional as F
-from common import DEVICE, DTYPE, KEEP_RATIO, geometries, timed
-from torch import Tensor
-from zipvl_reference.testing.budget import assert_within, atom
+Run: pytest bench/bench_decode_attention.py
+"""
 
-import zipvl_kernels as zk
+from common import baseline, ours, shapes
+from zipvl_adapters.cli.problems import CUDNN
 
-
-def by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One query row over everything, by matrix products in the dtype of `q`."""
-    K, V = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return (q @ K.mT * q.shape[-1] ** -0.5).softmax(-1) @ V
+OPERATOR = "decode_attention"
 
 
-@geometries
-def test_decode_attention(benchmark, geometry):
-    q, k, v = geometry.qkv(rows=1)
-    used = round(KEEP_RATIO * geometry.N)
-    seqused_k = torch.tensor([used], dtype=torch.int32, device=DEVICE)
-    some = k[:, :, :used], v[:, :, :used]
-    exact, plain = by_torch(*(x.double() for x in (q, *some))), by_torch(q, *some)
-    allowed = atom(q, k, geometry.D**-0.5, v.abs().max().item(), DTYPE)
-    assert_within("out", zk.decode_attention(q, k, v, seqused_k), exact, plain, allowed)
-    timed(benchmark, zk.decode_attention, q, k, v, seqused_k)
+@shapes(OPERATOR)
+def test_decode_attention(benchmark, geometry, N, place):
+    ours(benchmark, OPERATOR, geometry, N, place)
 
 
-@geometries
-def test_baseline_dense_attention(benchmark, geometry):
-    q, k, v = geometry.qkv(rows=1)
-    timed(benchmark, F.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+@shapes(OPERATOR)
+def test_baseline_dense_attention(benchmark, geometry, N, place):
+    baseline(benchmark, CUDNN, OPERATOR, geometry, N, place)

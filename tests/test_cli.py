@@ -32,11 +32,11 @@ def refused(*arguments):
 def test_help_names_every_command():
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "run", "eval", "env"):
+    for command in ("demo", "run", "eval", "bench", "tune", "env"):
         assert f" {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "eval", "env"])
+@pytest.mark.parametrize("command", ["demo", "run", "eval", "bench", "tune", "env"])
 def test_every_command_has_help(command):
     assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 

@@ -1,4 +1,4 @@
-"""The command line: `zipvl demo`, `zipvl run`, `zipvl eval`, `zipvl env`.
+"""The command line: `zipvl demo`, `zipvl run`, `zipvl eval`, `zipvl bench`, `zipvl tune`, `zipvl env`.
 
 Importing this package loads neither torch nor transformers nor matplotlib: the commands do so when they run.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zipvl_adapters.cli import demo, env, evaluate, run
+from zipvl_adapters.cli import bench, demo, env, evaluate, run, tune
 from zipvl_adapters.cli.checks import UserError
 
 __all__ = ["app", "main"]
@@ -67,6 +67,8 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(run.run)
 app.command("eval")(evaluate.evaluate)
+app.command()(bench.bench)
+app.command()(tune.tune)
 app.command()(env.env)
 
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Reporter:
-    """Says what is being done, and counts answers."""
+    """Says what is being done, and counts."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
@@ -21,20 +21,20 @@ class Reporter:
         if not self._progress.console.is_terminal:
             print(what, file=sys.stderr, flush=True)
 
-    def advance(self, answers: int) -> None:
-        """Count further answers."""
-        self._progress.advance(self._task, answers)
+    def advance(self, steps: int) -> None:
+        """Count further answers, or whatever is counted."""
+        self._progress.advance(self._task, steps)
 
 
 @contextmanager
-def reporting(total: int) -> Iterator[Reporter]:
-    """Show progress towards `total` answers while the block runs."""
+def reporting(total: int, unit: str = "answers") -> Iterator[Reporter]:
+    """Show progress towards `total` of `unit` while the block runs."""
     console = Console(stderr=True)
     progress = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("answers"),
+        TextColumn(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,

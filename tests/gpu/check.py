@@ -1,0 +1,102 @@
+"""All GPU checks, several processes at a time, since most of their time is compiling: `make gpu-check`.
+
+Writes bench/results/GPU/check.json and ends with one line that says how it went. Arguments are pytest's; `--rehearse`
+runs the miniature on a machine without a GPU and writes nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+from xml.etree import ElementTree
+
+import torch
+from zipvl_adapters.cli.env import commit, environment, versions
+
+import zipvl_kernels as zk
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+OPERATORS = ("score_tokens", "select_tokens", "compact_kv_", "sparse_attention", "decode_attention", "zipvl_prefill_")
+COUNTS = ("tests", "failures", "errors", "skipped")
+# What runs in a process of its own: a file, and the part of it.
+SHARDS = [
+    ("test_large.py", ""),
+    ("test_sanitizer.py", "racecheck or script"),
+    ("test_sanitizer.py", "memcheck and scores"),
+    ("test_sanitizer.py", "memcheck and attention"),
+    *(("test_contract.py", f"{operator} and not other") for operator in OPERATORS),
+    *(("test_contract.py", f"{operator} and other") for operator in OPERATORS if operator != "select_tokens"),
+    ("test_contract.py", "probe_rows"),
+    *((file, operator) for file in ("test_bits.py", "test_torch.py") for operator in OPERATORS),
+    ("test_torch.py", "not auto and not triton and not cuda"),
+]
+
+
+def run(shard, extra):
+    """Counts, seconds and, where something failed, the output of one process."""
+    file, part = shard
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += [*(["-k", part] if part else []), *extra, str(HERE / file)]
+        begin = perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        seconds = perf_counter() - begin
+        suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
+        found = {name: int(suite.get(name, 0)) for name in COUNTS} if suite is not None else {}
+        skips = sorted({skip.get("message", "") for skip in suite.iter("skipped")}) if suite is not None else []
+    wrong = done.returncode not in (0, 5) or suite is None  # 5: none of the tests chosen
+    if wrong and not found.get("failures", 0) + found.get("errors", 0):
+        found["errors"] = found.get("errors", 0) + 1
+    print(f"{'WRONG' if wrong else 'ok':5} {seconds:6.1f} s  {file} {part}", flush=True)
+    return found, seconds, (done.stdout + done.stderr)[-6000:] if wrong else "", skips
+
+
+def main(arguments):
+    rehearse = "--rehearse" in arguments
+    extra = [x for x in arguments if x != "--rehearse"]
+    if not torch.cuda.is_available() and not rehearse:
+        print("gpu-check: nothing was checked, torch sees no GPU ('zipvl env' shows what it sees)")
+        return 2
+    begin = perf_counter()
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        done = list(pool.map(lambda shard: run(shard, extra), SHARDS))
+    seconds = perf_counter() - begin
+    for (file, part), (_, _, output, _) in zip(SHARDS, done, strict=True):
+        if output:
+            print(f"\n=== {file} {part}\n{output}")
+    total = {name: sum(found.get(name, 0) for found, *_ in done) for name in COUNTS}
+    failed = total["failures"] + total["errors"]
+    passed = total["tests"] - total["failures"] - total["errors"] - total["skipped"]
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU, in miniature"
+    if not rehearse:
+        folder = ROOT / "bench" / "results" / where.removeprefix("NVIDIA ").split()[0].lower()
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "command": "make gpu-check",
+            "device": where,
+            "gpu": environment()["gpu"],
+            "versions": versions() | {"backends": zk.backends()},
+            "commit": commit(),
+            "passed": passed,
+            "failed": failed,
+            "skipped": total["skipped"],
+            "why_skipped": sorted({why for *_, skips in done for why in skips}),
+            "seconds": round(seconds, 1),
+            "parts": {f"{file} {part}".strip(): found for (file, part), (found, *_) in zip(SHARDS, done, strict=True)},
+        }
+        (folder / "check.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    verdict = "FAILED" if failed or not passed else "passed"
+    print(
+        f"gpu-check {verdict} on {where}: {passed} passed, {failed} failed, {total['skipped']} skipped, {seconds:.0f} s"
+    )
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
