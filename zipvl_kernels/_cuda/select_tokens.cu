@@ -155,7 +155,7 @@ __device__ __forceinline__ void tally(Shared& s, bool active, u32 bin, u32 rest)
 #pragma unroll
     for (int round = 0; round < 2; ++round) {
         if (left == 0)
-            return;
+            break;
         int leader = __ffs(left) - 1;
         u32 crowded = __shfl_sync(ALL, bin, leader);
         bool member = active && bin == crowded;
