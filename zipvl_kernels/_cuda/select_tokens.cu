@@ -207,7 +207,7 @@ __device__ __forceinline__ void combine(Shared& s, u32 prefix, u32 shift) {
              bin += THREADS) {
             u32 count = 0;
             u64 middle = 0, low = 0;
-#pragma unroll
+#pragma unroll 4  // more take registers that 1024 threads do not have
             for (u32 r = 0; r < CLUSTER; ++r) {
                 count += *of_peer(s.count + bin, r);
                 middle += *of_peer(s.middle + bin, r);
