@@ -143,6 +143,25 @@ struct Columns {
     }
 };
 
+// see(column, whether it is one, key of its mass, key of its score) for this warp's columns, a column a lane.
+template <bool MASSES, bool KEYS, typename See>
+__device__ __forceinline__ void visit(const Columns& c, See see) {
+    u32 lane = threadIdx.x % 32;
+    for (u32 start = c.begin; start < c.stop; start += 32 * AT_ONCE) {
+        float a[AT_ONCE], x[AT_ONCE];
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) {
+            a[i] = MASSES ? c.mass_score(start + 32 * i + lane) : 0;
+            x[i] = KEYS ? c.score(start + 32 * i + lane) : 0;
+        }
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) {
+            u32 j = start + 32 * i + lane;
+            see(j, j < c.stop, MASSES ? mass_key(a[i]) : 0, KEYS ? c.key(j, x[i]) : 0);
+        }
+    }
+}
+
 // --- histograms -----------------------------------------------------------------------------------------------------
 
 // Adds every active lane's pieces to its bin. Scores crowd into few bins, where atomics would queue: the bins of the
@@ -344,21 +363,11 @@ __device__ __forceinline__ void find_key(Shared& s, u32 need, Found& found) {
 
 // The first digits of both, which need nothing of each other.
 __device__ __forceinline__ void first_digits(Shared& s, const Columns& c) {
-    for (u32 j = c.begin + threadIdx.x % 32; j - threadIdx.x % 32 < c.stop; j += 32 * AT_ONCE) {
-        float a[AT_ONCE], x[AT_ONCE];
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i) {
-            a[i] = BY_RATIO ? 0 : c.mass_score(j + 32 * i);
-            x[i] = c.score(j + 32 * i);
-        }
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i) {
-            u32 k = j + 32 * i;
-            if (!BY_RATIO)
-                tally_mass(s, k < c.stop, mass_key(a[i]), 0, 20);
-            tally_key(s, k < c.stop, c.key(k, x[i]), 0, 21, 11);
-        }
-    }
+    visit<!BY_RATIO, true>(c, [&](u32, bool valid, u32 mass, u32 key) {
+        if (!BY_RATIO)
+            tally_mass(s, valid, mass, 0, 20);
+        tally_key(s, valid, key, 0, 21, 11);
+    });
     combine<!BY_RATIO, true>(s, 0, 20);
 }
 
@@ -372,15 +381,7 @@ __device__ __forceinline__ u32 count_by_mass(Shared& s, const Columns& c, double
     need -= found.above.mass;
     for (u32 shift = 20; shift > 0 && found.count > 1;) {
         shift -= MASS_BITS;
-        for (u32 j = c.begin + threadIdx.x % 32; j - threadIdx.x % 32 < c.stop; j += 32 * AT_ONCE) {
-            float a[AT_ONCE];
-#pragma unroll
-            for (u32 i = 0; i < AT_ONCE; ++i)
-                a[i] = c.mass_score(j + 32 * i);
-#pragma unroll
-            for (u32 i = 0; i < AT_ONCE; ++i)
-                tally_mass(s, j + 32 * i < c.stop, mass_key(a[i]), prefix, shift);
-        }
+        visit<true, false>(c, [&](u32, bool valid, u32 mass, u32) { tally_mass(s, valid, mass, prefix, shift); });
         combine<true, false>(s, prefix, shift);
         find_mass(s, need, share, found);
         prefix = prefix << MASS_BITS | found.digit;
@@ -405,17 +406,9 @@ __device__ __forceinline__ Threshold threshold(Shared& s, const Columns& c, u32 
     while (t.shift > 0 && found.count > t.ties) {  // else all of the bin are members
         u32 bits = t.shift == 21 ? 11 : 10;
         t.shift -= bits;
-        for (u32 j = c.begin + threadIdx.x % 32; j - threadIdx.x % 32 < c.stop; j += 32 * AT_ONCE) {
-            float x[AT_ONCE];
-#pragma unroll
-            for (u32 i = 0; i < AT_ONCE; ++i)
-                x[i] = c.score(j + 32 * i);
-#pragma unroll
-            for (u32 i = 0; i < AT_ONCE; ++i) {
-                u32 k = j + 32 * i;
-                tally_key(s, k < c.stop, c.key(k, x[i]), t.prefix, t.shift, bits);
-            }
-        }
+        visit<false, true>(c, [&](u32, bool valid, u32, u32 key) {
+            tally_key(s, valid, key, t.prefix, t.shift, bits);
+        });
         combine<false, true>(s, 0, 0);
         find_key(s, t.ties, found);
         t.prefix = t.prefix << bits | found.digit;
@@ -428,14 +421,11 @@ __device__ __forceinline__ Threshold threshold(Shared& s, const Columns& c, u32 
 __device__ __forceinline__ void emit(Shared& s, const Columns& c, Threshold t, int* out) {
     u32 lane = threadIdx.x % 32, warp = rank_in_cluster() * WARPS + threadIdx.x / 32;  // of the cluster
     u32 above = 0, ties = 0;
-    for (u32 j = c.begin + lane; j - lane < c.stop; j += 32 * AT_ONCE) {
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i) {
-            u32 k = j + 32 * i, key = c.key(k, c.score(k)) >> t.shift;
-            above += __popc(__ballot_sync(ALL, k < c.stop && key > t.prefix));
-            ties += __popc(__ballot_sync(ALL, k < c.stop && key == t.prefix));
-        }
-    }
+    visit<false, true>(c, [&](u32, bool valid, u32, u32 key) {
+        key >>= t.shift;
+        above += __popc(__ballot_sync(ALL, valid && key > t.prefix));
+        ties += __popc(__ballot_sync(ALL, valid && key == t.prefix));
+    });
     if (lane < CLUSTER) {
         *of_peer(s.above + warp, lane) = above;
         *of_peer(s.ties + warp, lane) = ties;
@@ -449,24 +439,17 @@ __device__ __forceinline__ void emit(Shared& s, const Columns& c, Threshold t, i
     above = __reduce_add_sync(ALL, above);
     ties = __reduce_add_sync(ALL, ties);
     u32 taken = above + (ties < t.ties ? ties : t.ties), lower = (1u << lane) - 1;
-    for (u32 j = c.begin + lane; j - lane < c.stop; j += 32 * AT_ONCE) {
-        float x[AT_ONCE];
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i)
-            x[i] = c.score(j + 32 * i);
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i) {
-            u32 k = j + 32 * i, key = c.key(k, x[i]) >> t.shift;
-            bool tie = k < c.stop && key == t.prefix;
-            u32 tied = __ballot_sync(ALL, tie);
-            bool member = tie ? ties + __popc(tied & lower) < t.ties : k < c.stop && key > t.prefix;
-            u32 members = __ballot_sync(ALL, member);
-            if (member)
-                out[taken + __popc(members & lower)] = k;
-            ties += __popc(tied);
-            taken += __popc(members);
-        }
-    }
+    visit<false, true>(c, [&](u32 j, bool valid, u32, u32 key) {
+        key >>= t.shift;
+        bool tie = valid && key == t.prefix;
+        u32 tied = __ballot_sync(ALL, tie);
+        bool member = tie ? ties + __popc(tied & lower) < t.ties : valid && key > t.prefix;
+        u32 members = __ballot_sync(ALL, member);
+        if (member)
+            out[taken + __popc(members & lower)] = j;
+        ties += __popc(tied);
+        taken += __popc(members);
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
