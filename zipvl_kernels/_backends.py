@@ -20,7 +20,7 @@ _DISTRIBUTIONS = {"triton": ("triton",), "cuda": ("cupy-cuda13x", "cupy-cuda12x"
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "probe_rows": ("triton",),
     "score_tokens": ("triton",),
-    "select_tokens": ("triton",),
+    "select_tokens": ("cuda", "triton"),
     "compact_kv_": ("triton",),
     "sparse_attention": ("cuda", "triton"),
     "decode_attention": ("triton",),

@@ -4,16 +4,13 @@ import ctypes
 import math
 import struct
 from functools import cache, lru_cache
-from pathlib import Path
-from typing import Any
 
-import cupy
-import numpy
 import torch
-from cupy.cuda import driver, nvrtc
-from cupy.cuda.function import Function, Module
+from cupy.cuda import driver
+from cupy.cuda.function import Function
 from torch import Tensor
 
+from zipvl_kernels._cuda import common
 from zipvl_kernels._tickets import tickets
 
 THREADS = 384
@@ -52,8 +49,8 @@ def lacks(
             return f"{name}: expected rows that start at multiples of 16 bytes, got strides {x.stride()}"
         if not (b and h and n):
             return f"{name}: expected memory of its own for every row, got strides {x.stride()}"
-    if _capability(q.device) != (9, 0):
-        return f"expected a GPU of compute capability 9.0, got {_capability(q.device)}"
+    if common.capability(q.device) != (9, 0):
+        return f"expected a GPU of compute capability 9.0, got {common.capability(q.device)}"
     return ""
 
 
@@ -98,11 +95,7 @@ def launch(
     most = min(C, N)
     if not out.numel() or not most:
         return out.zero_()
-    if q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            stream = torch.cuda.current_stream().cuda_stream
-    else:
-        stream = torch.cuda.current_stream().cuda_stream
+    stream = common.current_stream(q.device)
     half = q.dtype == torch.float16
     stages = stages or STAGES[D]
     start = None if q_start is None else q_start.contiguous()
@@ -130,19 +123,8 @@ def launch(
         section_bytes,
         (D**-0.5 if scale is None else scale) * math.log2(math.e),
     )
-    by_value = numpy.frombuffer(parameters, f"V{_PARAMETERS.size}")
-    kernel((blocks,), (THREADS,), (by_value,), shared, _stream(stream))
+    common.launch(kernel, q.device, stream, blocks, THREADS, parameters, shared)
     return out
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
-    return cupy.cuda.ExternalStream(handle)
 
 
 @cache
@@ -154,32 +136,23 @@ def _kernel(
     consumer_registers: int,
     producer_registers: int,
     take_turns: bool,
-) -> tuple[Any, int, int]:
+) -> tuple[Function, int, int]:
     """The kernel compiled and loaded on `device`, its bytes of dynamic shared memory, and its number of blocks."""
-    # CuPy's own compiler wrapper builds for sm_90, which lacks the tensor cores' asynchronous instructions.
-    program = nvrtc.createProgram(Path(__file__).with_suffix(".cu").read_text(), "sparse_attention.cu", (), ())
-    defined = {
-        "HEAD_DIM": D,
-        "HALF": int(half),
-        "STAGES": stages,
-        "CONSUMER_REGISTERS": consumer_registers,
-        "PRODUCER_REGISTERS": producer_registers,
-        "TAKE_TURNS": int(take_turns),
-    }
-    try:
-        nvrtc.compileProgram(program, ("-std=c++17", "-arch=sm_90a", *(f"-D{x}={n}" for x, n in defined.items())))
-        binary = nvrtc.getCUBIN(program)
-    except nvrtc.NVRTCError as error:
-        raise RuntimeError(f"sparse_attention.cu does not compile: {nvrtc.getProgramLog(program)}") from error
-    finally:
-        nvrtc.destroyProgram(program)
+    kernel = common.load(
+        "sparse_attention",
+        "sm_90a",
+        device,
+        HEAD_DIM=D,
+        HALF=int(half),
+        STAGES=stages,
+        CONSUMER_REGISTERS=consumer_registers,
+        PRODUCER_REGISTERS=producer_registers,
+        TAKE_TURNS=int(take_turns),
+    )
     shared = 1024 + 4 * 64 * D * 2 + 2 * stages * 128 * D * 2 + 8192  # alignment, queries, K and V, the rest
     with torch.cuda.device(device):
-        module = Module()
-        module.load(binary)
-        kernel: Function = module.get_function("sparse_attention")
         driver.funcSetAttribute(kernel.ptr, 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    return kernel, shared, torch.cuda.get_device_properties(device).multi_processor_count
+    return kernel, shared, common.multiprocessors(device)
 
 
 @lru_cache(maxsize=1024)
