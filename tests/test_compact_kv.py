@@ -1,7 +1,10 @@
 """`compact_kv_`: the property check, examples, errors, registration."""
 
 import importlib
+import shutil
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +37,27 @@ def test_contract_triton(monkeypatch, dtype, rows):
     monkeypatch.setattr(importlib.import_module("zipvl_kernels._triton.compact_kv"), "ROWS", rows)
     fn = partial(zk.compact_kv_, backend="triton")
     check_compact_kv(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=30)
+
+
+@pytest.mark.skipif(zk.backends()["cuda"] != "available", reason="needs CuPy and a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contract_cuda(dtype):
+    fn = partial(zk.compact_kv_, backend="cuda")
+    check_compact_kv(fn, device="cuda", dtype=dtype, derandomize=True, max_tokens=1500)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("width", "vectors", "rows"), [(16, 16, 64), (16, 8, 128), (4, 20, 128), (2, 5, 256)])
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_cuda_kernel_compiles_without_spills(tmp_path, architecture, width, vectors, rows):
+    source = Path(zk.__file__).parent / "_cuda" / "compact_kv.cu"
+    target = [f"-arch=sm_{architecture}", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
+    macros = ["-DTHREADS=256", f"-DWIDTH={width}", f"-DVECTORS={vectors}", f"-DROWS={rows}"]
+    done = subprocess.run(["nvcc", *target, *macros, source], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said
+    assert "warning" not in said
 
 
 def test_contract_over_several_chunks(monkeypatch):

@@ -21,7 +21,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "probe_rows": ("triton",),
     "score_tokens": ("triton",),
     "select_tokens": ("cuda", "triton"),
-    "compact_kv_": ("triton",),
+    "compact_kv_": ("cuda", "triton"),
     "sparse_attention": ("cuda", "triton"),
     "decode_attention": ("triton",),
 }

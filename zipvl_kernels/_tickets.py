@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def tickets(device: torch.device, count: int) -> Tensor:
-    """`count` counters for the next launch on the current stream, int32 `[count]`.
+    """At least `count` counters, int32, for the next launch on the current stream.
 
     Launches that may overlap must not share counters: each stream has its own, and so has each launch that is captured,
     since a graph is replayed on any stream.
@@ -18,32 +18,31 @@ def tickets(device: torch.device, count: int) -> Tensor:
 
 
 class _Pool:
-    """Zeroed counters on one device."""
+    """Zeroed counters on one device, made by the first launch that is not captured."""
 
-    SIZE = 1 << 20
+    CAPTURED = 1 << 20
+    LEAST = 1 << 12
 
     def __init__(self, device: torch.device) -> None:
-        self.counters = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
-        self.used = 0
+        self.device = device
         self.of_stream: dict[int, Tensor] = {}
-        torch.cuda.current_stream(device).synchronize()  # once a process: other streams find zeros too
+        self.captured = self.zeros(self.CAPTURED)
+        self.used = 0
 
     def take(self, count: int) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
-            return self.cut(count)
-        stream = torch.cuda.current_stream(self.counters.device).cuda_stream
+            if self.used + count > self.CAPTURED:
+                return self.zeros(count)  # by a node of the graph, at each replay
+            self.used += count
+            return self.captured[self.used - count : self.used]
+        stream = torch.cuda.current_stream(self.device).cuda_stream
         held = self.of_stream.get(stream)
         if held is None or held.numel() < count:
-            held = self.of_stream[stream] = self.cut(max(count, 64))
+            held = self.of_stream[stream] = self.zeros(max(count, self.LEAST))
         return held
 
-    def cut(self, count: int) -> Tensor:
-        if count > self.SIZE:
-            return torch.zeros(count, dtype=torch.int32, device=self.counters.device)
-        if self.used + count > self.SIZE:
-            self.used = 0  # shared with a launch of long ago: wrong only where both run at once on two streams
-        self.used += count
-        return self.counters[self.used - count : self.used]
+    def zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=self.device)
 
 
 @cache
