@@ -95,23 +95,29 @@ def tables() -> Iterator[Table]:
         )
     if has("triton", "score_tokens"):
         score = import_module("zipvl_kernels._triton.score_tokens")
-        names = "block_p block_n num_warps num_stages"
+        names = "block_p block_n num_warps num_stages row_programs column_programs"
         yield Table(
             "triton",
             "score_tokens",
-            lambda D: dict(zip(names.split(), score.tiles(half, D), strict=True)),
-            (
-                *_by_name(
-                    names,
-                    (128, 128, 8, (2, 2)),
-                    (128, 128, 8, (3, 1)),
-                    (128, 64, 4, (3, 2)),
-                    (128, 64, 8, (3, 2)),
-                    (64, 128, 4, (3, 2)),
-                    (128, 256, 8, (2, 1)),
-                ),
-                *({**dict(zip(names.split(), score.tiles(half, 128), strict=True)), "programs": n} for n in (132, 528)),
+            lambda D: dict(zip(names.split(), (*score.tiles(half, D), *score.programs(32768)), strict=True)),
+            _by_name(
+                names, (128, 64, 4, 3, 264, 264), (128, 64, 4, 2, 1056, 528), (128, 64, 4, 3, 528, 1056),
+                (128, 128, 8, 2, 1056, 528), (128, 128, 8, 2, 264, 264), (64, 128, 4, 3, 1056, 528),
             ),
+        )  # fmt: skip
+    if has("cuda", "select_tokens"):
+        yield Table(
+            "cuda",
+            "select_tokens",
+            lambda D: {},
+            ({"blocks": 1}, {"blocks": 4}, {"blocks": 8}, {"threads": 512}, {"threads": 512, "blocks": 8}),
+        )
+    if has("cuda", "compact_kv_"):
+        yield Table(
+            "cuda",
+            "compact_kv_",
+            lambda D: {},
+            ({"tile_bytes": 8192}, {"tile_bytes": 32768}, {"threads": 128}, {"threads": 512}, {"blocks": 4}),
         )
     if has("triton", "decode_attention"):
         decode = import_module("zipvl_kernels._triton.decode_attention")
