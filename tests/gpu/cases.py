@@ -5,6 +5,7 @@ Without a GPU the same checks run in miniature under Triton's interpreter, as a 
 
 import os
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -45,16 +46,17 @@ def available(operator):
 
 
 def chosen(operator):
-    """ "auto", and what it does not choose. Of the prefill: each step's best, and Triton alone."""
-    if operator == "zipvl_prefill_":
-        steps = [available(step) for step in OPERATORS[1:5]]
-        mixed = any("cuda" in step for step in steps)
-        return ["auto", *(["triton"] if mixed and all("triton" in step for step in steps) else [])]
+    """The backends to check: each kernel; "auto" where a kernel leaves some arguments to others."""
     if operator == "probe_rows":  # takes no backend
         return ["auto"]
+    if operator == "zipvl_prefill_":
+        return ["auto", *(["triton"] if all("triton" in available(step) for step in OPERATORS[1:5]) else [])]
     found = available(operator)
-    # Where "auto" is the reference, all kernels are asked for by name.
-    return ["auto", *found[operator in _PROVEN :]] if REAL else found
+    stem = operator.removesuffix("_")
+    partly = [x for x in found if hasattr(import_module(f"zipvl_kernels._{x}.{stem}"), "lacks")]
+    if operator in _PROVEN and partly:
+        return ["auto", *(backend for backend in found if backend not in partly)]
+    return found
 
 
 PAIRS = [(operator, backend) for operator in OPERATORS for backend in chosen(operator)]

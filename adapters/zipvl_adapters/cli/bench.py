@@ -180,7 +180,7 @@ def _record(
             if operator != "zipvl_prefill_":
                 continue
             for g in geometries:
-                costs.append(overhead(g))
+                costs.append(overhead(next(iter(fns.values())), g))
                 run(
                     lambda g=g: [prefill_problem(g, ratio_length, ratio) for ratio in RATIOS],  # type: ignore[misc]
                     fns,

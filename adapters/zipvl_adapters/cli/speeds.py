@@ -19,6 +19,8 @@ def implementations(operator: str) -> dict[str, Fn]:
     """Our GPU implementations of an operator that this machine can run, by the names that results carry."""
     from functools import partial
 
+    import zipvl_reference
+
     import zipvl_kernels as zk
     from zipvl_kernels._backends import resolve
     from zipvl_kernels.zipvl_prefill import STEPS
@@ -33,9 +35,9 @@ def implementations(operator: str) -> dict[str, Fn]:
     fn, found = getattr(zk, operator), {}
     if operator == "zipvl_prefill_":  # "auto" takes each step's best; all of Triton is what machines without CuPy have
         steps = [step for step in STEPS if step != "probe_rows"]
-        if all(any(has(step, backend) for backend in ("cuda", "triton")) for step in steps):
+        if all(resolve(step, "auto", "cuda") is not getattr(zipvl_reference, step) for step in steps):
             found["zipvl"] = fn
-        if all(has(step, "triton") for step in steps) and any(has(step, "cuda") for step in steps):
+        if all(has(step, "triton") for step in steps) and ("zipvl" not in found or any(has(x, "cuda") for x in steps)):
             found["zipvl, triton"] = partial(fn, backend="triton")
         return found
     for backend in ("cuda", "triton"):
@@ -112,15 +114,14 @@ def _rates(
     return row
 
 
-def overhead(geometry: "Geometry", N: int = 2880, calls: int = 200) -> Row:
+def overhead(fn: Fn, geometry: "Geometry", N: int = 2880, calls: int = 200) -> Row:
     """What an eager prefill costs beside its kernels: host time, launches, and memory beyond what it returns."""
     import torch
 
-    import zipvl_kernels as zk
     from zipvl_adapters.cli.problems import KEEP_RATIO, prefill_problem
 
     problem = prefill_problem(geometry, N)
-    call = problem.call(zk.zipvl_prefill_)
+    call = problem.call(fn)
     for _ in range(3):
         call(0)
     torch.cuda.synchronize()

@@ -70,15 +70,19 @@ def tables() -> Iterator[Table]:
             return False
         return hasattr(import_module(f"zipvl_kernels._{backend}.{operator.removesuffix('_')}"), "launch")
 
+    def named(names: str, find: Callable[[Any, int], tuple[Any, ...]], backend: str, operator: str) -> Any:
+        """The shipped configurations, by name, as `find` gets them from the kernel's module."""
+        module = import_module(f"zipvl_kernels._{backend}.{operator}")
+        return lambda D: dict(zip(names.split(), find(module, D), strict=True))
+
     half = torch.bfloat16
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if has("triton", "sparse_attention"):
-        sparse = import_module("zipvl_kernels._triton.sparse_attention")
         names = "block_m block_n num_warps num_stages"
-        kilobytes = sparse.shared_kilobytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         yield Table(
             "triton",
             "sparse_attention",
-            lambda D: dict(zip(names.split(), sparse.tiles(half, D, kilobytes), strict=True)),
+            named(names, lambda m, D: m.tiles(half, D, m.shared_kilobytes(device)), "triton", "sparse_attention"),
             _by_name(names, (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 32, 4, 4)),
         )
     if has("cuda", "sparse_attention"):
@@ -94,12 +98,11 @@ def tables() -> Iterator[Table]:
             ),
         )
     if has("triton", "score_tokens"):
-        score = import_module("zipvl_kernels._triton.score_tokens")
         names = "block_p block_n num_warps num_stages row_programs column_programs"
         yield Table(
             "triton",
             "score_tokens",
-            lambda D: dict(zip(names.split(), (*score.tiles(half, D), *score.programs(32768)), strict=True)),
+            named(names, lambda m, D: (*m.tiles(half, D), *m.programs(32768)), "triton", "score_tokens"),
             _by_name(
                 names, (128, 64, 4, 3, 264, 264), (128, 64, 4, 2, 1056, 528), (128, 64, 4, 3, 528, 1056),
                 (128, 128, 8, 2, 1056, 528), (128, 128, 8, 2, 264, 264), (64, 128, 4, 3, 1056, 528),
@@ -120,12 +123,11 @@ def tables() -> Iterator[Table]:
             ({"tile_bytes": 8192}, {"tile_bytes": 32768}, {"threads": 128}, {"threads": 512}, {"blocks": 4}),
         )
     if has("triton", "decode_attention"):
-        decode = import_module("zipvl_kernels._triton.decode_attention")
         names = "split block_n num_warps num_stages"
         yield Table(
             "triton",
             "decode_attention",
-            lambda D: dict(zip(names.split(), (decode.SPLIT, *decode.tiles(half, D)), strict=True)),
+            named(names, lambda m, D: (m.SPLIT, *m.tiles(half, D)), "triton", "decode_attention"),
             _by_name(
                 names, (256, 64, 4, 4), (256, 128, 4, 2), (256, 32, 2, 4), (512, 64, 4, 3), (1024, 64, 4, 3),
                 (512, 128, 4, 3), (128, 64, 4, 2),
