@@ -28,7 +28,7 @@ def load(name: str, architecture: str, device: torch.device, **defined: int) -> 
     program = nvrtc.createProgram(source, f"{name}.cu", (), ())
     macros = (f"-D{macro}={value}" for macro, value in defined.items())
     try:
-        nvrtc.compileProgram(program, ("-std=c++17", f"-arch={architecture}", *macros))
+        nvrtc.compileProgram(program, ("-std=c++17", "-default-device", f"-arch={architecture}", *macros))
         binary = nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(f"{name}.cu does not compile: {nvrtc.getProgramLog(program)}") from error

@@ -1,125 +1,132 @@
-// Kept keys and values move to the front of their buffers: in place, in parallel, in one launch.
+// compact_kv_: kept rows of K and V move to the front of their buffers, in place and all of them at once.
 //
-// A chain is one head of k or of v. Its set is cut into tiles of ROWS members, which only ever move towards the front,
-// so a tile overwrites rows that no later tile reads. A block draws a tile by ticket, reads its rows into registers,
-// says so in the chain's flags, waits until every earlier tile of the chain has said so, and writes. Tickets are drawn
-// in order: whoever is waited for has started, and the least of them waits for nobody, so there is no deadlock however
-// few blocks run at a time. A block draws its next ticket early, but waits for less than that ticket meanwhile.
+// ROWS rows of the set are a tile, the tiles of one head's keys or values a chain. Row i of the set stands at or behind
+// dst_start + i, so a row only moves towards the front, and what tile t overwrites is read by tiles up to t alone. A
+// block reads its tile into registers, says so, waits for the tiles that read what it is about to overwrite, and
+// writes. Tickets hand out tiles in order: whoever is waited for has started, and says that it has read before it waits
+// for anybody, so nobody waits forever.
 //
-// Given from outside: THREADS; WIDTH 2, 4, 8 or 16, the bytes of a load; VECTORS, the loads of a row; ROWS of a tile.
+// Compiled with CHUNK_BYTES, the width of one load, CHUNKS, loads of a row, and LANES, threads to a row, a power of two.
 
-using u32 = unsigned int;
-using i64 = long long;
-
-constexpr u32 ALL = 0xFFFFFFFFu;
-constexpr int EACH = (ROWS * VECTORS + THREADS - 1) / THREADS;  // loads of a thread
-
-struct alignas(WIDTH) Vector {
-#if WIDTH == 2
-    unsigned short bytes;
-#else
-    u32 bytes[WIDTH / 4];
+#ifndef THREADS
+#define THREADS 256
+#define ITEMS 8  // rows of which a thread holds a chunk
+#define BLOCKS_PER_SM 3
 #endif
-};
 
-struct Params {
-    char *k, *v;           // [B, Hkv, N, D]
+constexpr int AT_ONCE = THREADS / LANES, ROWS = AT_ONCE * ITEMS;
+static_assert(CHUNKS <= LANES && LANES <= THREADS, "a thread holds at most one chunk of a row");
+
+template <int BYTES> struct Bytes;
+template <> struct Bytes<2> { using type = unsigned short; };
+template <> struct Bytes<4> { using type = unsigned int; };
+template <> struct Bytes<8> { using type = uint2; };
+template <> struct Bytes<16> { using type = uint4; };
+using Chunk = Bytes<CHUNK_BYTES>::type;
+
+struct Parameters {
+    char* k;               // [B, Hkv, N, D]
+    char* v;               // [B, Hkv, N, D]
     const int* indices;    // [B, G, N]
     const int* counts;     // [B, G]
     const int* dst_start;  // [B] or null
-    u32* state;            // tickets drawn, blocks done, HEADER, then flags a chain: a bit a tile; 0 before and after
-    i64 k_b, k_h, k_n, v_b, v_h, v_n;  // bytes
-    i64 i_b, i_g, i_n, c_b, c_g;
-    int B, Hkv, G;
-    int words;  // of flags a chain
+    unsigned* counters;    // the next ticket, blocks that are done, which tiles have been read [tiles, B, Hkv, 2]
+    long long k_b, k_h, k_n, v_b, v_h, v_n;            // strides in bytes
+    long long indices_b, indices_g, indices_n, counts_b, counts_g;  // strides in numbers
+    int B, Hkv, G, N;
 };
 
-constexpr int HEADER = 32;
+__device__ void release(unsigned* flag) { asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory"); }
 
-// --- machine -------------------------------------------------------------------------------------------------------
-
-// What the block has read until now, it has read before anyone sees these bits.
-__device__ __forceinline__ void publish(u32* word, u32 bits) {
-    asm volatile("red.release.gpu.global.or.b32 [%0], %1;" ::"l"(word), "r"(bits) : "memory");
+__device__ unsigned acquire(const unsigned* flag) {
+    unsigned x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
+    return x;
 }
 
-__device__ __forceinline__ u32 published(const u32* word) {
-    u32 bits;
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(bits) : "l"(word) : "memory");
-    return bits;
+// The last of tiles 0 to `tile` whose first row stands at or before row `begin`, else 0. A warp, 32 tiles a step.
+__device__ unsigned last_tile_before(const int* columns, long long stride, unsigned tile, int begin) {
+    unsigned low = 0;
+    for (unsigned size = tile; size;) {
+        unsigned step = (size + 31) / 32;
+        unsigned ahead = step * (threadIdx.x % 32 + 1);
+        bool before = ahead <= size && columns[(long long)(low + ahead) * ROWS * stride] <= begin;
+        unsigned steps = __popc(__ballot_sync(~0u, before));
+        low += steps * step;
+        size = min(step - 1, size - steps * step);
+    }
+    return low;
 }
 
-__device__ __forceinline__ bool last_of(u32* counter) {
-    u32 before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    return before == gridDim.x - 1;
-}
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) compact_kv(const __grid_constant__ Parameters p) {
+    __shared__ int longest, last;
+    __shared__ unsigned next[2];
+    unsigned* const read = p.counters + 2;
+    const unsigned chains = 2u * p.B * p.Hkv;
 
-// --- the kernel ----------------------------------------------------------------------------------------------------
-
-extern "C" __global__ void __launch_bounds__(THREADS) compact_kv(const __grid_constant__ Params p) {
-    __shared__ u32 drawn;
-    __shared__ int most;
-    __shared__ bool last;
-    const u32 chains = 2 * p.B * p.Hkv;
-    if (threadIdx.x == 0) drawn = atomicAdd(p.state, 1), most = 0;
+    if (threadIdx.x == 0) {
+        longest = 0;
+        next[0] = atomicAdd(p.counters, 1);
+    }
     __syncthreads();
-    int longest = 0;
-    for (int i = threadIdx.x; i < p.B * p.G; i += THREADS)
-        longest = max(longest, p.counts[i / p.G * p.c_b + i % p.G * p.c_g]);
-    if (longest) atomicMax(&most, longest);
+    for (int set = threadIdx.x; set < p.B * p.G; set += THREADS)
+        atomicMax(&longest, min(p.counts[set / p.G * p.counts_b + set % p.G * p.counts_g], p.N));
     __syncthreads();
-    const u32 tickets = (u32)((most + ROWS - 1) / ROWS) * chains;
 
-    u32 ticket = drawn;
-    while (ticket < tickets) {
-        const u32 tile = ticket / chains, chain = ticket % chains;
-        const i64 b = chain / 2 / p.Hkv, h = chain / 2 % p.Hkv, g = h % p.G;
+    for (int turn = 0;; turn ^= 1) {
+        const unsigned ticket = next[turn];
+        const unsigned tile = ticket / chains, chain = ticket % chains;
+        const long long first = (long long)tile * ROWS;  // row of the set
+        if (first >= longest) break;                     // nor do later tickets have anything to move
+        const int b = chain / 2 / p.Hkv, h = chain / 2 % p.Hkv, g = h % p.G;
+        const int count = min(p.counts[b * p.counts_b + g * p.counts_g], p.N);
+        const int* const columns = p.indices + b * p.indices_b + g * p.indices_g;
+        const int begin = (int)first + (p.dst_start ? p.dst_start[b] : 0);
+        const long long stride = chain % 2 ? p.v_n : p.k_n;
         char* const rows = chain % 2 ? p.v + b * p.v_b + h * p.v_h : p.k + b * p.k_b + h * p.k_h;
-        const i64 stride = chain % 2 ? p.v_n : p.k_n;
-        const int* const indices = p.indices + b * p.i_b + g * p.i_g;
-        const int from = tile * ROWS, end = min(p.counts[b * p.c_b + g * p.c_g], from + ROWS);
-        const int to = p.dst_start ? p.dst_start[b] : 0;
-        u32 next;
-        if (threadIdx.x == 0) next = atomicAdd(p.state, 1);
 
-        int source[EACH];  // of each load; -1 where the row stands where it should, or there is none
-        Vector taken[EACH];
+        // This thread's chunk of rows `row`, `row` + AT_ONCE, ... of the set, which go to `to` and so on.
+        const int row = (int)first + threadIdx.x / LANES, to = begin + threadIdx.x / LANES;
+        const int rest = threadIdx.x % LANES < CHUNKS ? count - row : 0;
+        char* const mine = rows + threadIdx.x % LANES * CHUNK_BYTES;
+        int from[ITEMS];
+        const int* column = columns + row * p.indices_n;
 #pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int i = from + (e * THREADS + threadIdx.x) / VECTORS;
-            source[e] = i < end ? indices[i * p.i_n] : -1;
-            if (source[e] == i + to) source[e] = -1;
-        }
+        for (int i = 0; i < ITEMS; i++, column += AT_ONCE * p.indices_n)
+            from[i] = i * AT_ONCE < rest ? *column : to + i * AT_ONCE;
+        Chunk held[ITEMS];
+        unsigned moves = 0;  // a bit an item
 #pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int column = (e * THREADS + threadIdx.x) % VECTORS;
-            if (source[e] >= 0) taken[e] = *(const Vector*)(rows + source[e] * stride + column * WIDTH);
-        }
-        __syncthreads();
-
-        u32* const flags = p.state + HEADER + (i64)chain * p.words;
-        if (threadIdx.x == 0) {
-            publish(flags + tile / 32, 1u << tile % 32);
-            drawn = next;
-        }
-        if (threadIdx.x < 32 && from < end)
-            for (u32 word = threadIdx.x; word <= tile / 32; word += 32) {
-                const u32 earlier = word < tile / 32 ? ALL : (1u << tile % 32) - 1;
-                while ((published(flags + word) & earlier) != earlier) {}
+        for (int i = 0; i < ITEMS; i++)
+            if (from[i] != to + i * AT_ONCE) {
+                moves |= 1u << i;
+                held[i] = *(const Chunk*)(mine + from[i] * stride);
             }
-        __syncthreads();
-#pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int at = e * THREADS + threadIdx.x;
-            if (source[e] >= 0) *(Vector*)(rows + (i64)(from + at / VECTORS + to) * stride + at % VECTORS * WIDTH) = taken[e];
+        unsigned reader = 0;
+        if (threadIdx.x < 32 && first < count) reader = last_tile_before(columns, p.indices_n, tile, begin);
+
+        const bool write = __syncthreads_or(moves);  // the tile has been read
+        if (threadIdx.x == 0) {
+            release(read + ticket);
+            next[turn ^ 1] = atomicAdd(p.counters, 1);
         }
-        ticket = drawn;
+        // What the tile overwrites are as many rows as it has, so two tiles at most read them.
+        if (write && threadIdx.x < 2 && reader + threadIdx.x < tile)
+            while (!acquire(read + (long long)(reader + threadIdx.x) * chains + chain)) {}
+        __syncthreads();
+        char* at = mine + to * stride;
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++, at += AT_ONCE * stride)
+            if (moves >> i & 1) *(Chunk*)at = held[i];
     }
 
-    // The last block to come here leaves zeros.
-    if (threadIdx.x == 0) last = last_of(p.state + 1);
+    // The last block puts the counters back.
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(p.counters + 1, 1) == gridDim.x - 1;
+    }
     __syncthreads();
-    if (last)
-        for (i64 i = threadIdx.x; i < HEADER + (i64)chains * p.words; i += THREADS) p.state[i] = 0;
+    if (!last) return;
+    const long long used = 2 + ((long long)longest + ROWS - 1) / ROWS * chains;
+    for (long long i = threadIdx.x; i < used; i += THREADS) p.counters[i] = 0;
 }

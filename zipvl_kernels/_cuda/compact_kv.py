@@ -1,22 +1,17 @@
-"""`compact_kv_` in CUDA C: in place and parallel, one launch of blocks that draw their work. The .cu says how."""
+"""`compact_kv_` in CUDA C, for all that the operator takes. The .cu says how."""
 
-import math
 import struct
 from functools import cache
-from typing import Any
 
 import torch
-from cupy.cuda import driver
+from cupy.cuda.function import Function
 from torch import Tensor
 
 from zipvl_kernels._cuda import common
 from zipvl_kernels._tickets import tickets
 
-THREADS = 256
-TILE_BYTES = 16384
-BLOCKS = 8  # a multiprocessor, at most
-_HEADER = 32  # integers before the flags
-_MOST_LOADS = 16  # of a thread, held in registers
+# Of one block, by which up to 32 KB are in flight, and blocks that a multiprocessor holds.
+THREADS, ITEMS, BLOCKS_PER_SM = 256, 8, 3
 _PARAMETERS = struct.Struct("=6Q11q4i")
 
 
@@ -40,55 +35,63 @@ def launch(
     dst_start: Tensor | None,
     *,
     threads: int = THREADS,
-    tile_bytes: int = TILE_BYTES,
-    blocks: int = BLOCKS,
+    items: int = ITEMS,
+    blocks_per_sm: int = BLOCKS_PER_SM,
 ) -> None:
     """The operator with one configuration."""
     B, Hkv, N, D = k.shape
     if not k.numel():
         return
-    device, size = k.device, k.element_size()
-    strides = [size * x for x in (*k.stride()[:3], *v.stride()[:3])]
-    width = math.gcd(16, D * size, k.data_ptr(), v.data_ptr(), *strides)
-    kernel, rows, resident = _kernel(device, width, D * size // width, threads, tile_bytes)
-    chains, steps = 2 * B * Hkv, -(-N // rows)
-    words = -(-steps // 32)
-    state = tickets(device, _HEADER + chains * words)
+    size = k.element_size()
+    width, strides = _width(k, v, size)
+    chunks = D * size // width
+    lanes = 1 << (chunks - 1).bit_length()
+    tiles = -(-N // (threads // lanes * items))
+    chains = 2 * B * Hkv
+    device = k.device
+    kernel = _kernel(device, width, chunks, lanes, threads, items, blocks_per_sm)
     start = None if dst_start is None else dst_start.contiguous()
+    blocks = min(tiles * chains, blocks_per_sm * common.multiprocessors(device))
     parameters = _PARAMETERS.pack(
         k.data_ptr(),
         v.data_ptr(),
         indices.data_ptr(),
         counts.data_ptr(),
         0 if start is None else start.data_ptr(),
-        state.data_ptr(),
+        tickets(device, 2 + tiles * chains).data_ptr(),
         *strides,
         *indices.stride(),
         *counts.stride(),
         B,
         Hkv,
         indices.shape[1],
-        words,
+        N,
     )
-    most = common.multiprocessors(device) * min(blocks, resident)
-    stream = common.current_stream(device)
-    common.launch(kernel, device, stream, min(most, chains * steps), threads, parameters)
-
-
-def tile_rows(vectors: int, width: int, threads: int, tile_bytes: int) -> int:
-    """Rows of a tile: a power of two, within `tile_bytes` and the loads that a thread may hold."""
-    most = min(tile_bytes // (vectors * width), threads * _MOST_LOADS // vectors, 256)
-    return 1 << max(most, 1).bit_length() - 1
+    common.launch(kernel, device, common.current_stream(device), blocks, threads, parameters)
 
 
 @cache
-def _kernel(device: torch.device, width: int, vectors: int, threads: int, tile_bytes: int) -> tuple[Any, int, int]:
-    """The kernel, rows of its tile, and how many blocks a multiprocessor has registers and threads for."""
-    rows = tile_rows(vectors, width, threads, tile_bytes)
-    architecture = "sm_{}{}".format(*common.capability(device))
-    macros = {"THREADS": threads, "WIDTH": width, "VECTORS": vectors, "ROWS": rows}
-    kernel = common.load("compact_kv", architecture, device, **macros)
-    registers = 8 * -(-driver.funcGetAttribute(4, kernel.ptr) // 8)  # CU_FUNC_ATTRIBUTE_NUM_REGS
-    properties = torch.cuda.get_device_properties(device)
-    fit = min(65536 // (registers * threads), properties.max_threads_per_multi_processor // threads)
-    return kernel, rows, max(fit, 1)
+def _kernel(
+    device: torch.device, width: int, chunks: int, lanes: int, threads: int, items: int, blocks_per_sm: int
+) -> Function:
+    return common.load(
+        "compact_kv",
+        "sm_{}{}".format(*common.capability(device)),
+        device,
+        CHUNK_BYTES=width,
+        CHUNKS=chunks,
+        LANES=lanes,
+        THREADS=threads,
+        ITEMS=items,
+        BLOCKS_PER_SM=blocks_per_sm,
+    )
+
+
+def _width(k: Tensor, v: Tensor, size: int) -> tuple[int, list[int]]:
+    """The widest load that every row allows, in bytes: 16, 8, 4 or 2. The strides of `k` and `v` in bytes."""
+    strides = [size * x for x in (*k.stride()[:3], *v.stride()[:3])]
+    addresses = k.data_ptr() | v.data_ptr() | k.shape[3] * size | 16
+    for stride, extent in zip(strides, 2 * k.shape[:3], strict=True):
+        if extent > 1:
+            addresses |= stride
+    return addresses & -addresses, strides

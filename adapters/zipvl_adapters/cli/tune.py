@@ -120,7 +120,7 @@ def tables() -> Iterator[Table]:
             "cuda",
             "compact_kv_",
             lambda D: {},
-            ({"tile_bytes": 8192}, {"tile_bytes": 32768}, {"threads": 128}, {"threads": 512}, {"blocks": 4}),
+            _by_name("threads items blocks_per_sm", (256, 4, 5), (256, 4, 6), (512, 4, 2), (512, 8, 1), (128, 8, 6)),
         )
     if has("triton", "decode_attention"):
         names = "split block_n num_warps num_stages"
