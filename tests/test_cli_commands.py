@@ -334,7 +334,9 @@ def test_ctrl_c_ends_quietly_and_leaves_nothing_behind(assets, tmp_path):
     code = "import sys; from zipvl_adapters.cli import main; sys.argv[0] = 'zipvl'; main()"
     arguments = ["demo", "--models", str(assets), "--out", str(tmp_path / "out"), "--device", "cpu"]
     command = [sys.executable, "-c", code, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # What runs in a shell's background ignores the signal, and so would its children.
+    process = subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     first = process.stderr.readline()  # the first model is being loaded
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

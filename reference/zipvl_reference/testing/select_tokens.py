@@ -77,14 +77,16 @@ def _cases(draw: Any, max_tokens: int) -> SelectCase:
     if draw(st.booleans()) and 0 < sum(masses) < MAX:  # a share that some number of columns reaches to the last bit
         share = min(1.0, sum(masses[: draw(st.integers(1, N))]) / sum(masses)) or share
     by_tau = draw(st.booleans())
-    bounds = st.one_of(st.none(), st.lists(st.integers(0, N), min_size=B, max_size=B))
+    free = draw(st.booleans())  # without forced columns and padding, which hide what the scores decide
+    forced = st.just(0) if free else st.integers(0, 3)
+    bounds = st.none() if free else st.one_of(st.none(), st.lists(st.integers(0, N), min_size=B, max_size=B))
     return SelectCase(
         accumulated,
         normalized,
         share if by_tau else None,
         None if by_tau else share,
-        draw(st.integers(0, 3)),
-        draw(st.integers(0, 3)),
+        draw(forced),
+        draw(forced),
         draw(bounds),
         draw(bounds),
     )
@@ -145,6 +147,9 @@ def check_select_tokens(
         if case.tau is not None:
             _larger_tau_keeps_more(case, indices, call(case, accumulated.to(device), normalized.to(device), tau=1.0)[0])
 
+    # Equal columns, and a share that a number of them reaches to the last bit: in fp32, 1/3 and 2/3 are above it.
+    for share in (1 / 3, 2 / 3):
+        test(SelectCase([[[1.0] * 3]], [[[0.5] * 3]], share, None, 0, 0, None, None))
     for_each(_cases(max_tokens), test, max_examples=max_examples, derandomize=derandomize)
 
     random = torch.Generator().manual_seed(0)
