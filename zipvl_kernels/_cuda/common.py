@@ -13,11 +13,13 @@ from cupy.cuda.function import Function, Module
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of the device, such as (9, 0)."""
     return torch.cuda.get_device_capability(device)
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
