@@ -137,7 +137,10 @@ def test_a_recorded_run_that_is_none(tmp_path, content):
 
 
 def test_cells_fit_their_headings():
-    print_table(Console(), speeds.HEADINGS, speeds.table(rows()), title="t", caption="c", labels=4)
+    table = speeds.table(rows())
+    assert table
+    assert {len(row) for row in table} == {len(speeds.HEADINGS)}
+    print_table(Console(), speeds.HEADINGS, table, title="t", caption="c", labels=4)
 
 
 def test_no_speed_for_what_is_wrong(on_cpu):

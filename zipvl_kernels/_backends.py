@@ -26,8 +26,8 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "decode_attention": ("triton",),
 }
 
-# Operators whose kernels have passed their checks on a GPU. "auto" takes no others: kernels that have only passed in
-# Triton's interpreter have to be asked for by name.
+# Operators whose kernels have passed their checks on a GPU. "auto" takes no others: what has passed in Triton's
+# interpreter, or has only been compiled, has to be asked for by name.
 _PROVEN = {"sparse_attention"}
 
 
