@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-# In the proportions of a prompt with one question, whose 64 recent rows are the question and the picture's end.
-PROBES = {"anywhere": 12, "picture's end": 4, "questions": 8}
-END = 40
+# Rows and the weight of each: with one question, ZipVL's 128 probes are 64 drawn rows, about 48 of the picture's end and
+# about 16 of the question. Here up to twelve questions share a picture, so theirs weigh more.
+PROBES = {"anywhere": (16, 4.0), "picture's end": (12, 4.0), "questions": (24, 2.0)}
+END = 48
 HIDDEN = -10_000.0
 
 
@@ -40,17 +41,21 @@ class NarrowAttention:
         """
         self.on = True
         b, n = targets.shape
+        column = torch.arange(n, device=targets.device)
         answers = targets >= 0
-        self.stays = answers | F.pad(answers[:, 1:], (0, 1))
-        key = torch.rand(b, n, device=targets.device).masked_fill(answers, 2)
+        last = F.pad(answers[:, 1:], (0, 1)) & ~answers  # of a question
+        self.stays = answers | last
+        self.question = F.pad(last[:, :-1], (1, 0)).cumsum(1)  # the question that a token belongs to, [B, N]
+        self.shared = column < text
+        padding = self.question == last.sum(1, keepdim=True)
+        key = torch.rand(b, n, device=targets.device) + 2.0 * (answers | padding) - last.float()
         ranges = ((n // 32, text), (text - END, text), (text, n))
-        self.rows = torch.cat(
-            [
-                low + key[:, low:high].topk(count, largest=False).indices
-                for (low, high), count in zip(ranges, PROBES.values(), strict=True)
-            ],
-            1,
-        )  # [B, P]
+        drawn = zip(ranges, PROBES.values(), strict=True)
+        drawn = [low + key[:, low:high].topk(count, largest=False).indices for (low, high), (count, _) in drawn]
+        self.rows = torch.cat(drawn, 1)  # [B, P]
+        weights = torch.cat([torch.full((count,), weight, device=targets.device) for count, weight in PROBES.values()])
+        # A short chat has fewer rows than are drawn.
+        self.weights = weights * (key.gather(1, self.rows) < 1)  # [B, P]
         self.tau = torch.empty(b, 1, device=targets.device).uniform_(0.92, 1.02)  # a fifth of the sequences stay dense
 
     def attend(self, module: object, q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object):
@@ -68,18 +73,25 @@ class NarrowAttention:
         return (out[..., :d] * kept[:, None, :, None]).transpose(1, 2).contiguous(), None
 
     def choose(self, q: Tensor, k: Tensor) -> Tensor:
-        """Which tokens stay, bool [B, N]: those that have to, and what ZipVL takes of the rest."""
+        """Which tokens stay, bool [B, N]: those that have to, and what ZipVL takes of the rest.
+
+        A question's tokens are judged by its own probes alone, as if it were the only one.
+        """
         (b, h, n, d), rows = q.shape, self.rows
         probes = q.gather(2, rows[:, None, :, None].expand(-1, h, -1, d))
         scores = (probes @ k.repeat_interleave(h // k.shape[1], 1).mT).float() * d**-0.5  # [B, H, P, N]
         column = torch.arange(n, device=q.device)
         unseen = column > rows[..., None]  # [B, P, N]
-        share = scores.masked_fill(unseen[:, None], -torch.inf).softmax(-1).mean((1, 2))  # [B, N]
+        attention = scores.masked_fill(unseen[:, None], -torch.inf).softmax(-1).mean(1)  # [B, P, N]
+        weights = self.weights[..., None]  # [B, P, 1]
+        share = (attention * weights).sum(1) / weights.sum(1)  # [B, N]
         self.spreads.append(2 * (share + 1e-9).sqrt().sum(-1).log().mean())
         with torch.no_grad():
             count = (share.sort(-1, descending=True).values.cumsum(-1) < self.tau).sum(-1, keepdim=True) + 1
-            normalized = (share / (~unseen).sum(1).clamp(min=1)).masked_fill(self.stays, -1)
-            order = normalized.argsort(-1, descending=True)
+            judges = self.shared | (self.question[:, None] == self.question.gather(1, rows)[..., None])
+            weights = weights * (judges & ~unseen)
+            normalized = (attention * weights).sum(1) / weights.sum(1).clamp(min=1e-6)
+            order = normalized.masked_fill(self.stays, -1).argsort(-1, descending=True)
             rank = torch.empty_like(order).scatter_(1, order, column.expand(b, -1))
             return (rank < count) | self.stays
 
