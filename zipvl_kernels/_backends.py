@@ -26,11 +26,6 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "decode_attention": ("triton",),
 }
 
-# Operators whose kernels have passed their checks on a GPU. "auto" takes no others: what has passed in Triton's
-# interpreter, or has only been compiled, has to be asked for by name.
-_PROVEN = {"sparse_attention"}
-
-
 def backends() -> dict[str, str]:
     """Every backend's name and either "available" or "not available: " and what is missing.
 
@@ -51,8 +46,7 @@ def resolve(operator: str, backend: str, device_type: str) -> Callable[..., Any]
         raise ValueError(f"backend: expected one of {('auto', *NAMES)}, got {backend!r}")
     implemented = _IMPLEMENTED.get(operator, ())
     if backend == "auto":
-        proven = device_type == "cuda" and operator in _PROVEN
-        usable = [name for name in implemented if not _missing(name)] if proven else []
+        usable = [name for name in implemented if not _missing(name)] if device_type == "cuda" else []
         found = [_load(operator, name) for name in usable] + [_load(operator, "reference")]
         return _first_that_can(found) if found[0][1] else found[0][0]
     if backend == "reference":

@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14, help="processes that draw pictures")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
-        "--spread", type=float, default=0.0003, help="weight of the pooled attention's entropy in the loss"
+        "--spread", type=float, default=0.001, help="weight of the pooled attention's entropy in the loss"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=int, default=400, help="held-out questions per task")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import zipvl_kernels as zk
-from zipvl_kernels._backends import _PROVEN, resolve
+from zipvl_kernels._backends import resolve
 
 REAL = torch.cuda.is_available()
 DEVICE = "cuda" if REAL else "cpu"
@@ -54,7 +54,7 @@ def chosen(operator):
     found = available(operator)
     stem = operator.removesuffix("_")
     partly = [x for x in found if hasattr(import_module(f"zipvl_kernels._{x}.{stem}"), "lacks")]
-    if operator in _PROVEN and partly:
+    if partly:
         return ["auto", *(backend for backend in found if backend not in partly)]
     return found
 

@@ -29,7 +29,12 @@ SHARDS = [
     ("test_sanitizer.py", "racecheck or script"),
     ("test_sanitizer.py", "memcheck and scores"),
     ("test_sanitizer.py", "memcheck and attention"),
-    *(("test_contract.py", f"{operator} and not other") for operator in OPERATORS),
+    *(
+        ("test_contract.py", f"{operator} and {dtype}")
+        for operator in reversed(OPERATORS)
+        for dtype in ("bfloat16", "float16 and not bfloat16", "float32")
+        if operator != "select_tokens" or dtype == "bfloat16"
+    ),
     *(("test_contract.py", f"{operator} and other") for operator in OPERATORS if operator != "select_tokens"),
     ("test_contract.py", "probe_rows"),
     *((file, operator) for file in ("test_bits.py", "test_torch.py") for operator in OPERATORS),
@@ -64,7 +69,7 @@ def main(arguments):
         print("gpu-check: nothing was checked, torch sees no GPU ('zipvl env' shows what it sees)")
         return 2
     begin = perf_counter()
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+    with ThreadPoolExecutor(max(1, min(12, (os.cpu_count() or 1) * 3 // 4))) as pool:
         done = list(pool.map(lambda shard: run(shard, extra), SHARDS))
     seconds = perf_counter() - begin
     for (file, part), (_, _, output, _) in zip(SHARDS, done, strict=True):
