@@ -159,6 +159,8 @@ def save_processor(family: str, folder: Path) -> None:
 
         size = {"size": {"height": 336, "width": 336}, "crop_to_patches": False}
         GotOcr2ImageProcessorPil(**size, **common).save_pretrained(folder)
+        processor = {"processor_class": "InternVLProcessor", "image_seq_length": VISUAL_TOKENS[family]}
+        (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     else:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
