@@ -26,6 +26,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "decode_attention": ("triton",),
 }
 
+
 def backends() -> dict[str, str]:
     """Every backend's name and either "available" or "not available: " and what is missing.
 

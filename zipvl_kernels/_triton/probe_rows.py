@@ -29,23 +29,39 @@ def probe_rows(
 
 @triton.jit
 def _mix(x):  # type: ignore[no-untyped-def]
-    """As in the reference: a bijection of 32-bit numbers, held in 64 bits."""
+    """As in the reference: a bijection of 32-bit numbers."""
     x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & 0xFFFFFFFF
+    x = x * 0x21F0AAAD
     x = x ^ (x >> 15)
-    x = (x * 0x735A2D97) & 0xFFFFFFFF
+    x = x * 0x735A2D97
     return x ^ (x >> 15)
+
+
+@triton.jit
+def _sum_modulo(x, y, m):  # type: ignore[no-untyped-def]
+    """`(x + y) % m` for `x < m`, where the sum may not fit 32 bits."""
+    x = x + y % m
+    return tl.where(x < m, x, x - m)
+
+
+@triton.jit
+def _through(x, a, b, key, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One pass of the network, in uint32, whose division takes a fraction of int64's time."""
+    left, right = x // b, x % b
+    for i in tl.static_range(0, ROUNDS, 2):
+        left = _sum_modulo(left, _mix(right ^ _mix(key + i)), a)
+        right = _sum_modulo(right, _mix(left ^ _mix(key + i + 1)), b)
+    return left * b + right
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _permuted(x, a, b, walks, n, key, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As in the reference: a permutation of `[0, n)`, int64."""
-    for walk in range(walks + 1):
-        left, right = x // b, x % b
-        for i in tl.static_range(0, ROUNDS, 2):
-            left = (left + _mix(right ^ _mix(key + i))) % a
-            right = (right + _mix(left ^ _mix(key + i + 1))) % b
-        x = tl.where((x < n) & (walk > 0), x, left * b + right)
+    """As in the reference: a permutation of `[0, n)`. Few values need a second pass, hardly any a third."""
+    x = _through(x, a, b, key, ROUNDS)
+    walk = 0
+    while (walk < walks) & (tl.max((x >= n).to(tl.int32), 0) > 0):
+        x = tl.where(x < n, x, _through(x, a, b, key, ROUNDS))
+        walk += 1
     return x
 
 
@@ -59,11 +75,13 @@ def _kernel(rows, a, b, walks, n, random, recent, key, ROUNDS: tl.constexpr, BLO
         tl.store(rows + random + i, n + i, mask=i < recent)
         return
     i += block * BLOCK
-    wide = key.to(tl.int64)
-    mine = _permuted(i.to(tl.int64), a, b, walks, n, wide, ROUNDS)
+    size_a, size_b, end, start = a.to(tl.uint32), b.to(tl.uint32), n.to(tl.uint32), key.to(tl.uint32)
+    mine = _permuted(i.to(tl.uint32), size_a, size_b, walks, end, start, ROUNDS)
     below = tl.zeros([BLOCK], tl.int32)
     for other in range(drawing):
         j = other * BLOCK + tl.arange(0, BLOCK)
-        x = _permuted(j.to(tl.int64), a, b, walks, n, wide, ROUNDS)
+        x = mine
+        if other != block:
+            x = _permuted(j.to(tl.uint32), size_a, size_b, walks, end, start, ROUNDS)
         below += tl.sum(((x[None, :] < mine[:, None]) & (j < random)).to(tl.int32), 1)
     tl.store(rows + below, mine.to(tl.int32), mask=i < random)

@@ -147,5 +147,13 @@ def strided(x: Tensor) -> Tensor:
 
 
 def one_sequence(b: int, *tensors: Tensor | None) -> list[Any]:
-    """Sequence `b` alone: each tensor cut to a batch of one, strides kept, in memory of its own."""
-    return [None if x is None else x[b : b + 1].clone() for x in tensors]
+    """Sequence `b` alone: each tensor cut to a batch of one, strides kept, in memory of its own.
+
+    A kernel may be chosen by strides, and another kernel gives other bits; `clone` alone would make gaps disappear.
+    """
+    return [
+        None
+        if x is None
+        else torch.empty_strided((1, *x.shape[1:]), x.stride(), dtype=x.dtype, device=x.device).copy_(x[b : b + 1])
+        for x in tensors
+    ]

@@ -86,6 +86,9 @@ def check_sparse_attention(
         for b in range(case.B):
             *one, start = one_sequence(b, q, k, v, indices, counts, q_start)
             assert_same_bits(f"out, sequence {b} alone", out[b : b + 1], fn(*one, q_start=start))
+            *one, start = one_sequence(b, q, small_k, small_v, indices, counts, q_start)
+            alone = fn(*one, q_start=start, kv_compacted=True)
+            assert_same_bits(f"out of compacted keys, sequence {b} alone", compacted[b : b + 1], alone)
 
     for_each(attention_cases(head_dims, max_tokens), test, max_examples=max_examples, derandomize=derandomize)
 

@@ -47,7 +47,7 @@ def check_zipvl_prefill(
         }
         clean = q.clone(), k.clone(), v.clone()
         case.poison(q, k, v)
-        before = k.clone(), v.clone()
+        before = case.lay(k), case.lay(v)  # `clone` would drop the layout
         out, indices, counts = fn(q, k, v, **options)
 
         rows = probe_rows(case.M, **probes).expand(case.B, -1)
