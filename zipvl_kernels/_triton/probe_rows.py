@@ -44,7 +44,7 @@ def _sum_modulo(x, y, m):  # type: ignore[no-untyped-def]
     return tl.where(x < m, x, x - m)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _through(x, a, b, key, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """One pass of the network, in uint32, whose division takes a fraction of int64's time."""
     left, right = x // b, x % b
