@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import zipvl_reference
 from zipvl_reference.testing import check_zipvl_prefill
+from zipvl_reference.testing.draw import one_sequence
 
 import zipvl_kernels as zk
 
@@ -31,6 +32,17 @@ def test_contract_triton(dtype):
     fn = partial(zk.zipvl_prefill_, backend="triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_zipvl_prefill(fn, device=device, dtype=dtype, derandomize=True, max_examples=4)
+
+
+def test_a_sequence_alone_keeps_its_strides():
+    """Else a backend that picks its kernel by strides would be compared with another kernel's bits."""
+    wide = torch.randn(3, 2, 5, 9)
+    x = wide[..., :4]
+    (alone,) = one_sequence(1, x)
+    assert alone.stride() == x.stride()
+    assert torch.equal(alone, x[1:2])
+    alone.zero_()
+    assert x.all()
 
 
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])

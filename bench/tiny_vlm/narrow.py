@@ -50,8 +50,8 @@ class NarrowAttention:
         padding = self.question == last.sum(1, keepdim=True)
         key = torch.rand(b, n, device=targets.device) + 2.0 * (answers | padding) - last.float()
         ranges = ((n // 32, text), (text - END, text), (text, n))
-        drawn = zip(ranges, PROBES.values(), strict=True)
-        drawn = [low + key[:, low:high].topk(count, largest=False).indices for (low, high), (count, _) in drawn]
+        kinds = zip(ranges, PROBES.values(), strict=True)
+        drawn = [low + key[:, low:high].topk(count, largest=False).indices for (low, high), (count, _) in kinds]
         self.rows = torch.cat(drawn, 1)  # [B, P]
         weights = torch.cat([torch.full((count,), weight, device=targets.device) for count, weight in PROBES.values()])
         # A short chat has fewer rows than are drawn.

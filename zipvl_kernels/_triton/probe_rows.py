@@ -75,13 +75,13 @@ def _kernel(rows, a, b, walks, n, random, recent, key, ROUNDS: tl.constexpr, BLO
         tl.store(rows + random + i, n + i, mask=i < recent)
         return
     i += block * BLOCK
-    size_a, size_b, end, start = a.to(tl.uint32), b.to(tl.uint32), n.to(tl.uint32), key.to(tl.uint32)
-    mine = _permuted(i.to(tl.uint32), size_a, size_b, walks, end, start, ROUNDS)
+    a32, b32, n32, key32 = a.to(tl.uint32), b.to(tl.uint32), n.to(tl.uint32), key.to(tl.uint32)
+    mine = _permuted(i.to(tl.uint32), a32, b32, walks, n32, key32, ROUNDS)
     below = tl.zeros([BLOCK], tl.int32)
     for other in range(drawing):
         j = other * BLOCK + tl.arange(0, BLOCK)
         x = mine
         if other != block:
-            x = _permuted(j.to(tl.uint32), size_a, size_b, walks, end, start, ROUNDS)
+            x = _permuted(j.to(tl.uint32), a32, b32, walks, n32, key32, ROUNDS)
         below += tl.sum(((x[None, :] < mine[:, None]) & (j < random)).to(tl.int32), 1)
     tl.store(rows + below, mine.to(tl.int32), mask=i < random)
