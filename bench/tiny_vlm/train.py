@@ -49,9 +49,6 @@ class Trainer:
         self.family, self.device = args.family, device
         self.builder = ChatBuilder(args.family)
         self.model: PreTrainedModel = make_model(args.family, self.builder.tokenizer)
-        if args.start:
-            weights = type(self.model).from_pretrained(Path(args.start) / args.family, dtype=torch.float32)
-            self.model.load_state_dict(weights.state_dict())
         self.model.to(device)
         if args.family == "qwen2_vl":
             self.model.set_attn_implementation({"vision_config": "tiny_flash_equal_lengths"})
@@ -157,7 +154,7 @@ def train(args: argparse.Namespace) -> None:
     feed = Feed(args.family, args.batch_size, args.seed, args.workers, device)
     curve: list[list[float]] = []
     step, progress = 0, 0.0
-    stages = [0.0, 0.0, 0.0, 1.0] if args.start else [0.0, VISION_SHARE, 1 - NARROW_SHARE, 1.0]
+    stages = [0.0, VISION_SHARE, 1 - NARROW_SHARE, 1.0]
     begun = [0, 0, 0]  # the step at which each stage began
     batch = feed.next()
     start = time.perf_counter()
@@ -201,8 +198,6 @@ def train(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    if args.start:
-        record["started_from"] = json.loads((Path(args.start) / args.family / "training.json").read_text())
     save(args.family, model, trainer.builder, record, Path(args.out) / args.family)
 
 
@@ -220,7 +215,7 @@ def save(family: str, model: PreTrainedModel, builder: ChatBuilder, record: dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("--seconds", type=float, default=330, help="training time; the schedule is a function of it")
+    parser.add_argument("--seconds", type=float, default=400, help="training time; the schedule is a function of it")
     parser.add_argument("--steps", type=int, default=1_000_000, help="stop after this many steps at the latest")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=14, help="processes that draw pictures")
@@ -232,9 +227,6 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=400, help="held-out questions per task")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True, help="steps as CUDA graphs")
-    parser.add_argument(
-        "--start", help="folder of models to go on from, with the last stage alone; give another --seed"
-    )
     parser.add_argument("--out", default="bench/tiny_vlm/models")
     train(parser.parse_args())
 
