@@ -19,7 +19,7 @@ _DISTRIBUTIONS = {"triton": ("triton",), "cuda": ("cupy-cuda13x", "cupy-cuda12x"
 # "auto" goes on to the next.
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "probe_rows": ("triton",),
-    "score_tokens": ("triton",),
+    "score_tokens": ("cuda", "triton"),
     "select_tokens": ("cuda", "triton"),
     "compact_kv_": ("cuda", "triton"),
     "sparse_attention": ("cuda", "triton"),

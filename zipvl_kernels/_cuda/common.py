@@ -7,8 +7,10 @@ from typing import Any
 import cupy
 import numpy
 import torch
-from cupy.cuda import nvrtc
+from cupy.cuda import driver, nvrtc
 from cupy.cuda.function import Function, Module
+
+HERE = Path(__file__).parent
 
 
 @cache
@@ -25,9 +27,15 @@ def multiprocessors(device: torch.device) -> int:
 
 def load(name: str, architecture: str, device: torch.device, **defined: int) -> Function:
     """The kernel `name` of NAME.cu, compiled with these macros and loaded on `device`."""
+    return load_module(name, architecture, device, **defined).get_function(name)
+
+
+def load_module(name: str, architecture: str, device: torch.device, **defined: int) -> Module:
+    """NAME.cu with all its kernels, compiled with these macros and loaded on `device`."""
     # CuPy's own compiler wrapper builds for sm_90, which lacks the tensor cores' asynchronous instructions.
-    source = Path(__file__).with_name(f"{name}.cu").read_text()
-    program = nvrtc.createProgram(source, f"{name}.cu", (), ())
+    headers = {path.name.encode(): path.read_bytes() for path in HERE.glob("*.cuh")}
+    source = HERE.joinpath(f"{name}.cu").read_text()
+    program = nvrtc.createProgram(source, f"{name}.cu", [*headers.values()], [*headers])
     macros = (f"-D{macro}={value}" for macro, value in defined.items())
     try:
         nvrtc.compileProgram(program, ("-std=c++17", "-default-device", f"-arch={architecture}", *macros))
@@ -39,7 +47,13 @@ def load(name: str, architecture: str, device: torch.device, **defined: int) -> 
     with torch.cuda.device(device):
         module = Module()
         module.load(binary)
-        return module.get_function(name)
+    return module
+
+
+def allow_shared(kernel: Function, device: torch.device, size: int) -> None:
+    """Lets `kernel` have so many bytes of dynamic shared memory, beyond the 48 kB that all have."""
+    with torch.cuda.device(device):
+        driver.funcSetAttribute(kernel.ptr, 8, size)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 def current_stream(device: torch.device) -> int:

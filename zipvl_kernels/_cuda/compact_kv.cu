@@ -8,6 +8,8 @@
 //
 // Compiled with CHUNK_BYTES, the width of one load, CHUNKS, loads of a row, and LANES, threads to a row, a power of two.
 
+#include "dependent.cuh"
+
 #ifndef THREADS
 #define THREADS 256
 #define ITEMS 8  // rows of which a thread holds a chunk
@@ -63,6 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) compact_kv(
     __shared__ unsigned next[2];
     unsigned* const read = p.counters + 2;
     const unsigned chains = 2u * p.B * p.Hkv;
+    after_previous_kernel();
+    next_kernel_may_start();
 
     if (threadIdx.x == 0) {
         longest = 0;

@@ -12,6 +12,8 @@
 //
 // Given from outside: THREADS of a block, CLUSTER blocks a set, BY_RATIO 0 or 1.
 
+#include "dependent.cuh"
+
 using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
@@ -458,16 +460,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
         select_tokens(const __grid_constant__ Params p) {
     __shared__ Shared s;
+    for (u32 bin = threadIdx.x; bin < MASS_BINS; bin += THREADS)
+        s.count[bin] = s.middle[bin] = s.low[bin] = 0;
+    for (u32 bin = threadIdx.x; bin < KEY_BINS; bin += THREADS)
+        s.keys[bin] = 0;
+    after_previous_kernel();
+    next_kernel_may_start();
+
     u32 set = blockIdx.x / CLUSTER, rank = rank_in_cluster();
     i64 b = set / p.G, g = set % p.G;
     i64 first = p.leftpad_k && p.leftpad_k[b] > 0 ? p.leftpad_k[b] : 0;
     i64 end = p.seqused_k && p.seqused_k[b] < p.N ? p.seqused_k[b] : p.N;
     u32 n = end > first ? end - first : 0;
-
-    for (u32 bin = threadIdx.x; bin < MASS_BINS; bin += THREADS)
-        s.count[bin] = s.middle[bin] = s.low[bin] = 0;
-    for (u32 bin = threadIdx.x; bin < KEY_BINS; bin += THREADS)
-        s.keys[bin] = 0;
     __syncthreads();
 
     u32 kept = 0;

@@ -1,16 +1,16 @@
 """`sparse_attention` in CUDA C for Hopper: compacted keys, fp16 and bf16, head dims 64 and 128. The .cu says how."""
 
-import ctypes
 import math
 import struct
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
-from cupy.cuda import driver
 from cupy.cuda.function import Function
 from torch import Tensor
 
 from zipvl_kernels._cuda import common
+from zipvl_kernels._cuda.tensor_map import lacks as no_copies
+from zipvl_kernels._cuda.tensor_map import tensor_map
 from zipvl_kernels._tickets import tickets
 
 THREADS = 384
@@ -44,11 +44,8 @@ def lacks(
     if counts.shape[0] * counts.shape[1] > MAX_SETS:
         return f"counts: expected at most {MAX_SETS} sets, got shape {list(counts.shape)}"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        b, h, n, _ = x.stride()
-        if (b | h | n) % 8 or x.data_ptr() % 16:
-            return f"{name}: expected rows that start at multiples of 16 bytes, got strides {x.stride()}"
-        if not (b and h and n):
-            return f"{name}: expected memory of its own for every row, got strides {x.stride()}"
+        if why := no_copies(name, x):
+            return why
     if common.capability(q.device) != (9, 0):
         return f"expected a GPU of compute capability 9.0, got {common.capability(q.device)}"
     return ""
@@ -101,8 +98,8 @@ def launch(
     start = None if q_start is None else q_start.contiguous()
     kernel, shared, blocks = _kernel(q.device, D, half, stages, consumer_registers, producer_registers, take_turns)
     parameters = _PARAMETERS.pack(
-        _tensor_map(k.data_ptr(), half, k.shape, k.stride()),
-        _tensor_map(v.data_ptr(), half, v.shape, v.stride()),
+        tensor_map(k),
+        tensor_map(v),
         q.data_ptr(),
         out.data_ptr(),
         indices.data_ptr(),
@@ -150,40 +147,5 @@ def _kernel(
         TAKE_TURNS=int(take_turns),
     )
     shared = 1024 + 4 * 64 * D * 2 + 2 * stages * 128 * D * 2 + 8192  # alignment, queries, K and V, the rest
-    with torch.cuda.device(device):
-        driver.funcSetAttribute(kernel.ptr, 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    common.allow_shared(kernel, device, shared)
     return kernel, shared, common.multiprocessors(device)
-
-
-@lru_cache(maxsize=1024)
-def _tensor_map(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]) -> bytes:
-    """Descriptor of `[B, H, N, D]` for copies of 128 rows and 64 columns into swizzled shared memory."""
-    (B, H, N, D), (b, h, n, _) = shape, stride
-    sizes = (ctypes.c_uint64 * 4)(D, N, H, B)
-    strides = (ctypes.c_uint64 * 3)(*(2 * (x if size > 1 else D) for x, size in ((n, N), (h, H), (b, B))))  # bytes
-    box, ones = (ctypes.c_uint32 * 4)(64, 128, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
-    buffer = ctypes.create_string_buffer(128 + 64)
-    at = -ctypes.addressof(buffer) % 64  # the driver wants it aligned
-    float_type, swizzle_128, promote_256 = 6 if half else 9, 3, 3  # values of the driver's enumerations
-    status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(ctypes.addressof(buffer) + at),
-        float_type,
-        4,
-        ctypes.c_void_p(address),
-        sizes,
-        strides,
-        box,
-        ones,
-        0,
-        swizzle_128,
-        promote_256,
-        0,
-    )
-    if status:
-        raise RuntimeError(f"cuTensorMapEncodeTiled failed with {status} for shape {list(shape)} and strides {stride}")
-    return buffer.raw[at : at + 128]
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")

@@ -1,0 +1,304 @@
+// Column sums of the probes' softmax, for Hopper (sm_90a): two launches over K, and no P x N matrix.
+//
+// `row_sums`: the log-sum-exp of every probe's scores over a split of the columns. `column_sums` knows all of them,
+// hence weights at once: a block walks a span of columns for a few heads, keys as rows of the product so that a
+// column's sum stays within four lanes. The last block of a span to finish adds what the others found, in fixed order.
+//
+// In both, two warpgroups multiply, each with 64 rows of a tile, and the thread of a ninth warp copies tiles of K ahead
+// of them (TMA). Two blocks fit a multiprocessor: one's exponentials run under the other's products.
+//
+// Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16, STAGES of the ring of K.
+
+#include "dependent.cuh"
+#include "hopper.cuh"
+
+constexpr int WORKERS = 256;      // threads that multiply
+constexpr int MAX_PROBES = 512;
+constexpr int MAX_SPAN = 16 * TILE;  // columns of a block of `column_sums`
+
+struct Params {
+    TensorMap k;           // [B, Hkv, N, D], boxes of TILE rows and BAND columns
+    const u16* q;          // [B, Hq, M, D]
+    const int* rows;       // [P] or [B, P]
+    const int* q_start;    // [B] or null
+    const int* leftpad_k;  // [B] or null
+    const int* seqused_k;  // [B] or null
+    float* lse;            // [B, Hq, splits, P]: log2 of the sum of exp2 of a probe's scores over a split
+    float* partial;        // [B, G, parts, N]: of the heads of a part
+    int* arrived;          // [B, G, spans]: blocks of a span that are done; cleared by the first launch for the second
+    float* accumulated;    // [B, G, N]
+    float* normalized;     // [B, G, N]
+    i64 q_b, q_h, q_m, rows_b, rows_p;
+    int B, Hq, G, M, N, P;
+    int shared;         // query heads of a KV head
+    int split, splits;  // columns of a block of `row_sums`, whole tiles, and how many cover N
+    int span, spans;    // the same of `column_sums`
+    int parts;          // shares of a group's heads
+    float scale;        // in powers of two, positive
+};
+
+static_assert(sizeof(Params) == 320, "the launcher packs so much");
+
+struct Shared {
+    u64 full[STAGES], empty[STAGES];
+    int at[MAX_PROBES];    // the last column that a probe sees, -1: none
+    int last[9];           // the largest of them, by warp
+    int finishes;          // this block is the last of its span
+    float less[2][TILE];   // minus the log-sum-exp of each probe, of this head and the next
+    float sums[MAX_SPAN];  // of the columns, over this block's heads
+};
+
+// Shared memory: a tile of queries, the ring of K, then the rest.
+constexpr u32 Q_AT = 0, K_AT = TILE_BYTES, SHARED_AT = K_AT + STAGES * TILE_BYTES;
+static_assert(sizeof(Shared) <= 12288, "the launcher allows for so much");
+
+// --- probes --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int first_column(const Params& p, int b) { return p.leftpad_k ? max(p.leftpad_k[b], 0) : 0; }
+
+__device__ __forceinline__ int start_of(const Params& p, int b) { return p.q_start ? p.q_start[b] : p.N - p.M; }
+
+// Barriers, and the last column that each of `count` probes from `from` on sees. Returns the largest; by all threads.
+__device__ int prepare(const Params& p, Shared& sh, int b, int from, int count) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(sh.full[i], 1);
+            barrier_init(sh.empty[i], WORKERS / 32);
+        }
+        barriers_ready();
+    }
+    int first = first_column(p, b), end = p.seqused_k ? min(p.seqused_k[b], p.N) : p.N, start = start_of(p, b), last = -1;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        int row = from + i < p.P ? p.rows[b * p.rows_b + (from + i) * p.rows_p] : -1, at = row + start;
+        at = row >= 0 && row < p.M && at >= first && at < end ? at : -1;
+        sh.at[i] = at;
+        last = max(last, at);
+    }
+    last = __reduce_max_sync(~0u, last);
+    if (threadIdx.x % 32 == 0) sh.last[threadIdx.x / 32] = last;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 9; ++i) last = max(last, sh.last[i]);
+    return last;
+}
+
+// The queries of TILE probes into swizzled shared memory, zeros for a probe that sees nothing; by all workers.
+__device__ __forceinline__ void gather_queries(const Params& p, const int* at, int b, int head, u32 to) {
+    const u16* q = p.q + b * p.q_b + head * p.q_h;
+    int start = start_of(p, b), chunk = threadIdx.x % CHUNKS;
+#pragma unroll
+    for (int r = threadIdx.x / CHUNKS; r < TILE; r += WORKERS / CHUNKS) {
+        int column = at[r];
+        const u16* from = q + (column < 0 ? 0 : column - start) * p.q_m + chunk * 8;
+        copy_16_async(to + (chunk / 8) * TILE_BAND + r * 128 + ((chunk % 8 ^ r % 8) << 4), from, column < 0 ? 0 : 16);
+    }
+}
+
+// After this, all workers' copies can be multiplied.
+__device__ __forceinline__ void queries_ready() {
+    wait_for_copies();
+    publish_to_async_proxy();
+    sync_threads<WORKERS>(1);
+}
+
+// One thread: tiles of K from row `begin` on into the ring, `loaded` of which have gone there before.
+__device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at, int begin, int end, int kv, int b, u32& loaded) {
+    for (int j = begin; j < end; j += TILE, ++loaded) {
+        u32 stage = loaded % STAGES;
+        wait(sh.empty[stage], loaded / STAGES & 1 ^ 1);
+        load_tile(k_at + stage * TILE_BYTES, p.k, sh.full[stage], j, kv, b);
+    }
+}
+
+// S [64, 128] of the next tile of the ring: with A its rows from `a` on, B the queries, or the other way round.
+__device__ __forceinline__ void multiply_next(float (&s)[64], Shared& sh, u32 k_at, u32 q_at, int half, bool keys_as_rows, u32& used) {
+    u32 stage = used % STAGES, k = k_at + stage * TILE_BYTES, below = half * ROWS * 128;
+    wait(sh.full[stage], used / STAGES & 1);
+    pin(s);
+    wgmma_fence();
+    issue_scores<TILE_BAND>(s, (keys_as_rows ? k : q_at) + below, keys_as_rows ? q_at : k);
+    wgmma_wait<0>();
+    pin(s);
+    if (threadIdx.x % 32 == 0) arrive(sh.empty[stage]);
+    ++used;
+}
+
+// --- log-sum-exps of the rows --------------------------------------------------------------------------------------
+
+// Scores of a tile into the running maximum and sum of a thread's two rows; `reach`: the last column that a row sees.
+__device__ __forceinline__ void add_scores(float (&s)[64], const int (&reach)[2], float (&largest)[2], float (&total)[2], float scale) {
+    if (reach[0] < 0 && reach[1] < 0) return;
+    if (reach[0] < TILE - 1 || reach[1] < TILE - 1) {
+        int lane = threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 64; ++i)
+            if (i / 4 * 8 + i % 2 + lane > reach[i / 2 % 2]) s[i] = -infinity();
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float above = s[2 * h], also = s[2 * h + 1];  // two chains, of even and odd columns
+#pragma unroll
+        for (int j = 1; j < 16; ++j) above = fmaxf(above, s[4 * j + 2 * h]), also = fmaxf(also, s[4 * j + 2 * h + 1]);
+        above = fmaxf(largest[h], fmaxf(above, also) * scale);
+        float sum = 0, rest = 0;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            sum += exp2_fast(fmaf(s[4 * j + 2 * h], scale, -above));
+            rest += exp2_fast(fmaf(s[4 * j + 2 * h + 1], scale, -above));
+        }
+        total[h] = fmaf(total[h], exp2_fast(largest[h] - above), sum + rest);
+        largest[h] = above;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) row_sums(const __grid_constant__ Params p) {
+    extern __shared__ char raw[];
+    u32 base = shared_address(raw), pad = (1024 - base % 1024) % 1024;
+    base += pad;
+    Shared& sh = *(Shared*)(raw + pad + SHARED_AT);
+    after_previous_kernel();
+    next_kernel_may_start();
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.B * p.G * p.spans; i += gridDim.x * blockDim.x) p.arrived[i] = 0;
+
+    // Query heads that read the same keys side by side, so that the keys come from L2 for all but one.
+    int blocks = (p.P + TILE - 1) / TILE, Hkv = p.Hq / p.shared, t = blockIdx.x;
+    int block = t % blocks, kv = t / blocks / p.shared / p.splits % Hkv, head = kv * p.shared + t / blocks % p.shared;
+    int split = t / blocks / p.shared % p.splits, b = t / blocks / p.splits / p.Hq;
+    int last = prepare(p, sh, b, block * TILE, TILE);
+    int begin = max(split * p.split, first_column(p, b)), end = min((split + 1) * p.split, last + 1);
+
+    int thread = threadIdx.x, lane = thread % 32;
+    u32 count = 0;
+    if (thread >= WORKERS) {
+        if (lane == 0) serve_keys(p, sh, base + K_AT, begin, end, kv, b, count);
+        return;
+    }
+    gather_queries(p, sh.at, b, head, base + Q_AT);
+    int half = thread / 128, r = thread / 32 * 16 + lane / 4;
+    int limit[2] = {min(sh.at[r], end - 1), min(sh.at[r + 8], end - 1)};
+    float s[64], largest[2] = {-3e38f, -3e38f}, total[2] = {0, 0};  // of a thread's own columns; finite where none is seen
+    queries_ready();
+    for (int j = begin; j < end; j += TILE) {
+        multiply_next(s, sh, base + K_AT, base + Q_AT, half, false, count);
+        int reach[2] = {limit[0] - j, limit[1] - j};
+        add_scores(s, reach, largest, total, p.scale);
+        __syncwarp();
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float above = max_of_four_lanes(largest[h]), sum = sum_of_four_lanes(total[h] * exp2_fast(largest[h] - above));
+        int probe = block * TILE + r + 8 * h;
+        if (lane % 4 == 0 && probe < p.P)
+            p.lse[((i64)(b * p.Hq + head) * p.splits + split) * p.P + probe] = sum > 0 ? above + log2f(sum) : -infinity();
+    }
+}
+
+// --- sums of the columns -------------------------------------------------------------------------------------------
+
+// Minus the log-sum-exp of the probes of a head, over all splits; minus infinity, hence weights of 0, where none is.
+__device__ __forceinline__ void merge_splits(const Params& p, float* less, int b, int head, int block) {
+    int thread = threadIdx.x, probe = block * TILE + thread;
+    if (thread >= TILE) return;
+    float above = -3e38f, total = 0;
+    if (probe < p.P) {
+        const float* lse = p.lse + (i64)(b * p.Hq + head) * p.splits * p.P + probe;
+#pragma unroll 8
+        for (int i = 0; i < p.splits; ++i) above = fmaxf(above, lse[(i64)i * p.P]);
+#pragma unroll 8
+        for (int i = 0; i < p.splits; ++i) total += exp2_fast(lse[(i64)i * p.P] - above);
+    }
+    less[thread] = total > 0 ? -above - log2f(total) : -infinity();
+}
+
+// Sums of a thread's two rows (keys) over the probes that see them, added to `sums` by the first of its four lanes.
+__device__ __forceinline__ void add_weights(const float (&s)[64], const float* less, const int* at, int column, float scale, float* sums) {
+    int lane = threadIdx.x % 4;
+    float even[2] = {0, 0}, odd[2] = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+        float2 offset = *(const float2*)(less + 8 * j + 2 * lane);
+        int2 seen = *(const int2*)(at + 8 * j + 2 * lane);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float x = exp2_fast(fmaf(s[4 * j + 2 * h], scale, offset.x));
+            float y = exp2_fast(fmaf(s[4 * j + 2 * h + 1], scale, offset.y));
+            even[h] += column + 8 * h <= seen.x ? x : 0;
+            odd[h] += column + 8 * h <= seen.y ? y : 0;
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float sum = sum_of_four_lanes(even[h] + odd[h]);
+        if (lane == 0) sums[8 * h] += sum;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) column_sums(const __grid_constant__ Params p) {
+    extern __shared__ char raw[];
+    u32 base = shared_address(raw), pad = (1024 - base % 1024) % 1024;
+    base += pad;
+    Shared& sh = *(Shared*)(raw + pad + SHARED_AT);
+
+    int t = gridDim.x - 1 - blockIdx.x;  // backwards: what the first launch read last is still in L2
+    int place = t % p.spans, part = t / p.spans % p.parts, g = t / p.spans / p.parts % p.G, b = t / p.spans / p.parts / p.G;
+    int blocks = (p.P + TILE - 1) / TILE, heads = p.Hq / p.G;
+    int from = g * heads + part * heads / p.parts, to = g * heads + (part + 1) * heads / p.parts;
+    int last = prepare(p, sh, b, 0, blocks * TILE);
+    int begin = max(place * p.span, first_column(p, b)), end = min((place + 1) * p.span, last + 1);
+
+    int thread = threadIdx.x, lane = thread % 32;
+    u32 count = 0;
+    for (int i = thread; i < p.span; i += blockDim.x) sh.sums[i] = 0;
+    __syncthreads();
+    if (begin < end) {
+        if (thread >= WORKERS) {
+            if (lane == 0)
+                for (int i = from * blocks; i < to * blocks; ++i) serve_keys(p, sh, base + K_AT, begin, end, i / blocks / p.shared, b, count);
+        } else {
+            int half = thread / 128, r = thread / 32 * 16 + lane / 4;
+            float s[64];
+            gather_queries(p, sh.at, b, from, base + Q_AT);
+            after_previous_kernel();  // that is `row_sums`: queries and keys are older
+            merge_splits(p, sh.less[from * blocks % 2], b, from, 0);
+            for (int i = from * blocks; i < to * blocks; ++i) {
+                const int* at = sh.at + i % blocks * TILE;
+                queries_ready();
+                for (int j = begin; j < end; j += TILE) {
+                    multiply_next(s, sh, base + K_AT, base + Q_AT, half, true, count);
+                    if (j + TILE >= end && i + 1 < to * blocks) {  // the next queries come under the last exponentials
+                        sync_threads<WORKERS>(2);                  // nobody reads these any more
+                        gather_queries(p, sh.at + (i + 1) % blocks * TILE, b, (i + 1) / blocks, base + Q_AT);
+                        merge_splits(p, sh.less[(i + 1) % 2], b, (i + 1) / blocks, (i + 1) % blocks);
+                    }
+                    add_weights(s, sh.less[i % 2], at, j + r, p.scale, sh.sums + j - begin + r);
+                    __syncwarp();
+                }
+            }
+        }
+    }
+    __syncthreads();
+    after_previous_kernel();
+    next_kernel_may_start();
+    float* mine = p.partial + ((i64)(b * p.G + g) * p.parts + part) * p.N;
+    for (int i = begin + thread; i < end; i += blockDim.x) mine[i] = sh.sums[i - begin];
+
+    __threadfence();
+    __syncthreads();
+    if (thread == 0) sh.finishes = atomicAdd(p.arrived + (b * p.G + g) * p.spans + place, 1) == p.parts - 1;
+    __syncthreads();
+    if (!sh.finishes) return;
+    __threadfence();
+    const float* found = p.partial + (i64)(b * p.G + g) * p.parts * p.N;
+    for (int column = place * p.span + thread; column < min((place + 1) * p.span, p.N); column += blockDim.x) {
+        float total = 0;
+        int seen = 0;  // how many probes see this column
+        if (column >= begin && column < end) {
+#pragma unroll 4
+            for (int i = 0; i < p.parts; ++i) total += __ldcg(found + (i64)i * p.N + column);
+#pragma unroll 8
+            for (int i = 0; i < p.P; ++i) seen += column <= sh.at[i];
+        }
+        p.accumulated[(i64)(b * p.G + g) * p.N + column] = total;
+        p.normalized[(i64)(b * p.G + g) * p.N + column] = total / (float)(max(seen, 1) * heads);
+    }
+}

@@ -1,0 +1,162 @@
+"""`score_tokens` in CUDA C for Hopper: fp16 and bf16, head dims 64 and 128. The .cu says how."""
+
+import math
+import struct
+from functools import cache
+
+import torch
+from cupy.cuda.function import Function
+from torch import Tensor
+
+from zipvl_kernels._cuda import common
+from zipvl_kernels._cuda.tensor_map import lacks as no_copies
+from zipvl_kernels._cuda.tensor_map import tensor_map
+
+THREADS = 288
+TILE = 128  # probes, and columns
+STAGES = {64: 4, 128: 2}  # tiles of K in shared memory
+MAX_PROBES = 512
+AT_ONCE = 264  # blocks that run at a time, two a multiprocessor of an H100 or H200
+ROW_BYTES = 24  # a column, at most, for the log-sum-exps of all probes, heads and splits
+MAX_SPLITS = 32
+MAX_PARTS = 8  # of a group's heads: each takes 4 bytes a column
+MAX_SPAN = 16  # tiles
+_PARAMETERS = struct.Struct("=128s10Q5q12if20x")
+
+
+def lacks(
+    q: Tensor,
+    k: Tensor,
+    probe_rows: Tensor,
+    *,
+    scale: float | None = None,
+    q_start: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    pool: str = "layer",
+) -> str:
+    """What keeps this kernel from these arguments, "" where nothing does."""
+    if q.dtype == torch.float32:
+        return "q: expected float16 or bfloat16, got torch.float32"
+    if q.shape[3] not in STAGES:
+        return f"q: expected a head dim of 64 or 128, got shape {list(q.shape)}"
+    if scale is not None and scale < 0:
+        return f"scale: expected at least 0, got {scale!r}"
+    if probe_rows.shape[-1] > MAX_PROBES:
+        return f"probe_rows: expected at most {MAX_PROBES} rows, got shape {list(probe_rows.shape)}"
+    for name, x in (("q", q), ("k", k)):
+        if why := no_copies(name, x):
+            return why
+    if common.capability(q.device) != (9, 0):
+        return f"expected a GPU of compute capability 9.0, got {common.capability(q.device)}"
+    return ""
+
+
+def score_tokens(
+    q: Tensor,  # [B, Hq, M, D]
+    k: Tensor,  # [B, Hkv, N, D]
+    probe_rows: Tensor,  # int32 [P] or [B, P]
+    *,
+    scale: float | None = None,
+    q_start: Tensor | None = None,  # int32 [B]
+    leftpad_k: Tensor | None = None,  # int32 [B]
+    seqused_k: Tensor | None = None,  # int32 [B]
+    pool: str = "layer",
+) -> tuple[Tensor, Tensor]:
+    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
+    why = lacks(q, k, probe_rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool)
+    if why:
+        raise ValueError(f"backend='cuda': {why}")
+    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    probe_rows: Tensor,
+    scale: float | None,
+    q_start: Tensor | None,
+    leftpad_k: Tensor | None,
+    seqused_k: Tensor | None,
+    pool: str,
+    shares: tuple[int, int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operator on arguments that it can take; `shares` in place of those that `plan` gives."""
+    B, Hq, M, D = q.shape
+    Hkv, N = k.shape[1:3]
+    P = probe_rows.shape[-1]
+    G = 1 if pool == "layer" else Hkv
+    if B == 0 or M == 0 or N == 0 or P == 0:
+        nothing = torch.zeros((B, G, N), dtype=torch.float32, device=q.device)
+        return nothing, torch.zeros_like(nothing)
+    row_tiles, column_tiles, parts = shares or plan(N, P, Hq, G)
+    splits, spans = (-(-N // (tiles * TILE)) for tiles in (row_tiles, column_tiles))
+    accumulated = torch.empty((B, G, N), dtype=torch.float32, device=q.device)
+    normalized = torch.empty_like(accumulated)
+    partial = torch.empty((B, G, parts, N), dtype=torch.float32, device=q.device)
+    lse = torch.empty((B, Hq, splits, P), dtype=torch.float32, device=q.device)
+    arrived = torch.empty((B, G, spans), dtype=torch.int32, device=q.device)
+    given = [None if x is None else x.contiguous() for x in (q_start, leftpad_k, seqused_k)]
+    half = q.dtype == torch.float16
+    parameters = _PARAMETERS.pack(
+        tensor_map(k),
+        q.data_ptr(),
+        probe_rows.data_ptr(),
+        *(0 if x is None else x.data_ptr() for x in given),
+        *(x.data_ptr() for x in (lse, partial, arrived, accumulated, normalized)),
+        *q.stride()[:3],
+        0 if probe_rows.dim() == 1 else probe_rows.stride(0),
+        probe_rows.stride(-1),
+        B,
+        Hq,
+        G,
+        M,
+        N,
+        P,
+        Hq // Hkv,
+        row_tiles * TILE,
+        splits,
+        column_tiles * TILE,
+        spans,
+        parts,
+        (D**-0.5 if scale is None else scale) * math.log2(math.e) or 1e-30,  # times -inf, 0 would be NaN
+    )
+    stream = common.current_stream(q.device)
+    shared = 1024 + (1 + STAGES[D]) * TILE * D * 2 + 12288  # alignment, queries and K, the rest
+    row_sums, column_sums = _kernels(q.device, D, half, shared)
+    blocks = B * Hq * -(-P // TILE) * splits
+    common.launch(row_sums, q.device, stream, blocks, THREADS, parameters, shared)
+    common.launch(column_sums, q.device, stream, B * G * parts * spans, THREADS, parameters, shared)
+    return accumulated, normalized
+
+
+@cache
+def plan(N: int, P: int, Hq: int, G: int) -> tuple[int, int, int]:
+    """Tiles of columns of a block in each launch, and shares of a group's heads: the fewest steps until all are done.
+
+    Of the shape of one sequence alone, so that its bits do not depend on the batch.
+    """
+    tiles, blocks, heads = -(-N // TILE), -(-P // TILE), Hq // G
+    most_splits = max(1, min(MAX_SPLITS, ROW_BYTES * N // (4 * Hq * P)))
+    each = [-(-tiles // splits) for splits in range(1, most_splits + 1)]
+
+    def row_steps(row_tiles: int) -> int:
+        return -(-Hq * blocks * -(-tiles // row_tiles) // AT_ONCE) * (row_tiles + 2)
+
+    def column_steps(share: tuple[int, int]) -> int:
+        column_tiles, parts = share
+        rounds = -(-G * parts * -(-tiles // column_tiles) // AT_ONCE)
+        return rounds * (2 + -(-heads // parts) * blocks * (column_tiles + 1))
+
+    shares = [(t, parts) for parts in range(1, min(heads, MAX_PARTS) + 1) for t in range(1, MAX_SPAN + 1)]
+    return min(each, key=row_steps), *min(shares, key=column_steps)
+
+
+@cache
+def _kernels(device: torch.device, D: int, half: bool, shared: int) -> tuple[Function, Function]:
+    """The two kernels, compiled and loaded on `device`."""
+    module = common.load_module("score_tokens", "sm_90a", device, HEAD_DIM=D, HALF=int(half), STAGES=STAGES[D])
+    row_sums, column_sums = module.get_function("row_sums"), module.get_function("column_sums")
+    common.allow_shared(row_sums, device, shared)
+    common.allow_shared(column_sums, device, shared)
+    return row_sums, column_sums

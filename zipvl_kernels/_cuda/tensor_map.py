@@ -1,0 +1,55 @@
+"""Descriptors of `[B, H, N, D]` for Hopper's copies of whole tiles into shared memory (TMA)."""
+
+import ctypes
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+
+def lacks(name: str, x: Tensor) -> str:
+    """What keeps `x` from a descriptor, and its rows from copies of 16 bytes; "" where nothing does."""
+    b, h, n, _ = x.stride()
+    if (b | h | n) % 8 or x.data_ptr() % 16:
+        return f"{name}: expected rows that start at multiples of 16 bytes, got strides {x.stride()}"
+    if not (b and h and n):
+        return f"{name}: expected memory of its own for every row, got strides {x.stride()}"
+    return ""
+
+
+def tensor_map(x: Tensor) -> bytes:
+    """Descriptor of fp16 or bf16 `x` for copies of 128 rows and 64 columns into swizzled shared memory."""
+    return _encode(x.data_ptr(), x.dtype == torch.float16, x.shape, x.stride())
+
+
+@lru_cache(maxsize=1024)
+def _encode(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]) -> bytes:
+    (B, H, N, D), (b, h, n, _) = shape, stride
+    sizes = (ctypes.c_uint64 * 4)(D, N, H, B)
+    strides = (ctypes.c_uint64 * 3)(*(2 * (x if size > 1 else D) for x, size in ((n, N), (h, H), (b, B))))  # bytes
+    box, ones = (ctypes.c_uint32 * 4)(64, 128, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
+    buffer = ctypes.create_string_buffer(128 + 64)
+    at = -ctypes.addressof(buffer) % 64  # the driver wants it aligned
+    float_type, swizzle_128, promote_256 = 6 if half else 9, 3, 3  # values of the driver's enumerations
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(buffer) + at),
+        float_type,
+        4,
+        ctypes.c_void_p(address),
+        sizes,
+        strides,
+        box,
+        ones,
+        0,
+        swizzle_128,
+        promote_256,
+        0,
+    )
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled failed with {status} for shape {list(shape)} and strides {stride}")
+    return buffer.raw[at : at + 128]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
