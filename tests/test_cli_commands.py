@@ -256,6 +256,25 @@ def test_eval_measures_every_setting(assets, tmp_path):
     assert "--model gpt: expected one of llava, internvl, qwen2_vl" in refused.stderr
 
 
+def test_eval_keeps_what_a_model_gave_when_a_later_one_fails(assets, tmp_path, monkeypatch):
+    from zipvl_adapters.cli import evaluate
+
+    opened = evaluate.open_model
+
+    def failing(path, **options):
+        if path.endswith("llava"):
+            raise MemoryError("no room for it")
+        return opened(path, **options)
+
+    monkeypatch.setattr(evaluate, "open_model", failing)
+    options = ["--model", "qwen2_vl", "--model", "llava", "--tau", "1", "--limit", "1", "--device", "cpu"]
+    result = call("eval", "--models", assets, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert "no room for it" in result.stderr
+    scores = json.loads((tmp_path / "out" / "quality.json").read_text())["scores"]
+    assert {score["model"] for score in scores} == {"qwen2_vl"}
+
+
 @pytest.mark.parametrize("family", [*PROCESSORS])
 def test_run_answers_about_a_picture(assets, family):
     picture = ["--image", assets / "heldout" / "0.png", "--prompt", "What is [bold]this[/bold]?"]

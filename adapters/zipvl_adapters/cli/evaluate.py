@@ -69,6 +69,8 @@ def evaluate(
     first = _policies(taus, all_rows=all_rows)
     runs = len(first) + (fixed + random) * sum(value < 1 for value in taus)
     same_ratio = partial(_same_ratio, taus=taus, fixed=fixed, random=random)
+    digest = hashlib.sha256((assets.folder / "heldout" / "manifest.json").read_bytes()).hexdigest()
+    settings = {"taus": taus, "limit": limit, "batch": batch, "manifest_sha256": digest}
     scores: list[Score] = []
     with reporting(runs * len(names) * sum(map(len, questions.values()))) as reporter:
         for name in names:
@@ -77,9 +79,7 @@ def evaluate(
             scores += score_model(
                 name, processor, loaded, questions, first, further=same_ratio, batch_size=batch, reporter=reporter
             )
-        reporter.say("drawing the plot")
-        digest = hashlib.sha256((assets.folder / "heldout" / "manifest.json").read_bytes()).hexdigest()
-        _write(out, scores, {"taus": taus, "limit": limit, "batch": batch, "manifest_sha256": digest}, chosen)
+            _write(out, scores, settings, chosen)  # at once: what a model gave outlives the next one's failure
     table = _table(scores)
     print_table(
         Console(),
