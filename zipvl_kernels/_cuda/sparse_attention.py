@@ -18,7 +18,7 @@ MAX_SETS = 512  # B * G
 STAGES = {64: 4, 128: 2}  # tiles of K, and of V, in shared memory
 CONSUMER_REGISTERS, PRODUCER_REGISTERS, TAKE_TURNS = 232, 40, True
 SECTION_BYTES = 24 << 20  # of K and V that heads worked on at a time may take, so that they stay in L2
-_PARAMETERS = struct.Struct("=128s128s6Q8q9if40x")
+_ADDRESSES, _NUMBERS = struct.Struct("=128s128s6Q"), struct.Struct("=8q9if40x")
 
 
 def lacks(
@@ -66,9 +66,6 @@ def sparse_attention(
     kv_compacted: bool = False,
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
-    why = lacks(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=kv_compacted)
-    if why:
-        raise ValueError(f"backend='cuda': {why}")
     return launch(q, k, v, indices, counts, scale, q_start)
 
 
@@ -88,43 +85,66 @@ def launch(
     section_bytes: int = SECTION_BYTES,
 ) -> Tensor:
     """The operator on arguments that it can take, with one configuration."""
-    B, Hq, M, D = q.shape
-    Hkv, N = k.shape[1:3]
-    G, C = indices.shape[1:]
-    out = torch.empty((B, Hq, M, D), dtype=q.dtype, device=q.device)
-    most = min(C, N)
-    if not out.numel() or not most:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q_shape, k_shape, indices_shape = q.shape, k.shape, indices.shape
+    if not out.numel() or not min(k_shape[2], indices_shape[2]):
         return out.zero_()
-    stream = common.current_stream(q.device)
-    half = q.dtype == torch.float16
-    stages = stages or STAGES[D]
+    device, half = q.device, q.dtype == torch.float16
+    layout = q_shape, k_shape, indices_shape, q.stride(), indices.stride(), counts.stride()
+    config = stages or STAGES[q_shape[3]], consumer_registers, producer_registers, take_turns, section_bytes
+    kernel, shared, blocks, numbers = _plan(device, half, *layout, scale, q_start is None, *config)
     start = None if q_start is None else q_start.contiguous()
-    kernel, shared, blocks = _kernel(q.device, D, half, stages, consumer_registers, producer_registers, take_turns)
-    parameters = _PARAMETERS.pack(
-        _tensor_map(k.data_ptr(), half, k.shape, k.stride()),
-        _tensor_map(v.data_ptr(), half, v.shape, v.stride()),
+    parameters = _ADDRESSES.pack(
+        _tensor_map(k.data_ptr(), half, k_shape, k.stride()),
+        _tensor_map(v.data_ptr(), half, k_shape, v.stride()),
         q.data_ptr(),
         out.data_ptr(),
         indices.data_ptr(),
         counts.data_ptr(),
         0 if start is None else start.data_ptr(),
-        tickets(q.device, 1).data_ptr(),
-        *q.stride()[:3],
-        *indices.stride(),
-        *counts.stride(),
+        tickets(device, 1).data_ptr(),
+    )
+    common.launch(kernel, device, common.current_stream(device), blocks, THREADS, parameters + numbers, shared)
+    return out
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    device: torch.device,
+    half: bool,
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    indices_shape: torch.Size,
+    q_stride: tuple[int, ...],
+    indices_stride: tuple[int, ...],
+    counts_stride: tuple[int, ...],
+    scale: float | None,
+    default_start: bool,
+    stages: int,
+    consumer_registers: int,
+    producer_registers: int,
+    take_turns: bool,
+    section_bytes: int,
+) -> tuple[Function, int, int, bytes]:
+    """All that a launch takes beside addresses: the kernel, bytes of shared memory, blocks, and numbers to pass."""
+    (B, Hq, M, D), (_, Hkv, N, _), (_, G, C) = q_shape, k_shape, indices_shape
+    kernel, shared, blocks = _kernel(device, D, half, stages, consumer_registers, producer_registers, take_turns)
+    numbers = _NUMBERS.pack(
+        *q_stride[:3],
+        *indices_stride,
+        *counts_stride,
         B,
         Hq,
         Hkv,
         G,
         M,
-        most,
+        min(C, N),
         C - M,
-        q_start is None and C == M,
+        default_start and C == M,
         section_bytes,
         (D**-0.5 if scale is None else scale) * math.log2(math.e),
     )
-    common.launch(kernel, q.device, stream, blocks, THREADS, parameters, shared)
-    return out
+    return kernel, shared, blocks, numbers
 
 
 @cache
@@ -158,10 +178,6 @@ def _kernel(
 @lru_cache(maxsize=1024)
 def _tensor_map(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]) -> bytes:
     """Descriptor of `[B, H, N, D]` for copies of 128 rows and 64 columns into swizzled shared memory."""
-    (B, H, N, D), (b, h, n, _) = shape, stride
-    sizes = (ctypes.c_uint64 * 4)(D, N, H, B)
-    strides = (ctypes.c_uint64 * 3)(*(2 * (x if size > 1 else D) for x, size in ((n, N), (h, H), (b, B))))  # bytes
-    box, ones = (ctypes.c_uint32 * 4)(64, 128, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
     buffer = ctypes.create_string_buffer(128 + 64)
     at = -ctypes.addressof(buffer) % 64  # the driver wants it aligned
     float_type, swizzle_128, promote_256 = 6 if half else 9, 3, 3  # values of the driver's enumerations
@@ -170,10 +186,7 @@ def _tensor_map(address: int, half: bool, shape: torch.Size, stride: tuple[int, 
         float_type,
         4,
         ctypes.c_void_p(address),
-        sizes,
-        strides,
-        box,
-        ones,
+        *_extents(shape, stride),
         0,
         swizzle_128,
         promote_256,
@@ -182,6 +195,15 @@ def _tensor_map(address: int, half: bool, shape: torch.Size, stride: tuple[int, 
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled failed with {status} for shape {list(shape)} and strides {stride}")
     return buffer.raw[at : at + 128]
+
+
+@lru_cache(maxsize=256)
+def _extents(shape: torch.Size, stride: tuple[int, ...]) -> tuple[object, ...]:
+    """Sizes, strides in bytes, box and steps of a descriptor: the same for all layers, whose addresses differ."""
+    (B, H, N, D), (b, h, n, _) = shape, stride
+    sizes = (ctypes.c_uint64 * 4)(D, N, H, B)
+    strides = (ctypes.c_uint64 * 3)(*(2 * (x if size > 1 else D) for x, size in ((n, N), (h, H), (b, B))))
+    return sizes, strides, (ctypes.c_uint32 * 4)(64, 128, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
 
 
 @cache
