@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,8 +15,8 @@ _DISTRIBUTIONS = {"triton": ("triton",), "cuda": ("cupy-cuda13x", "cupy-cuda12x"
 
 # The GPU backends of each operator, best first; "auto" takes the first that this machine can run. An implementation is
 # the function of the operator's name in `zipvl_kernels._BACKEND.STEM`, with the signature of its twin in
-# `zipvl_reference`. Where it takes some arguments only, `lacks` beside it, with the same signature, says why not, and
-# "auto" goes on to the next.
+# `zipvl_reference`. Where it takes some arguments only, `lacks` beside it, with the same signature, says why not. It is
+# asked once, here: "auto" goes on to the next implementation, an explicit backend raises.
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "probe_rows": ("triton",),
     "score_tokens": ("cuda", "triton"),
@@ -48,35 +48,70 @@ def resolve(operator: str, backend: str, device_type: str) -> Callable[..., Any]
     implemented = _IMPLEMENTED.get(operator, ())
     if backend == "auto":
         usable = [name for name in implemented if not _missing(name)] if device_type == "cuda" else []
-        found = [_load(operator, name) for name in usable] + [_load(operator, "reference")]
-        return _first_that_can(found) if found[0][1] else found[0][0]
+        found = [_load(operator, name) for name in usable]
+        return _first_that_can([*found, (_reference(operator, device_type), None)])
     if backend == "reference":
-        return _load(operator, backend)[0]
+        return _reference(operator, device_type)
     why = f"there is no {backend} kernel of this operator" if backend not in implemented else _missing(backend)
     if why:
         raise RuntimeError(f"backend={backend!r} is not available for {operator}: {why}; use 'auto' or 'reference'")
     if device_type != "cuda" and not (backend == "triton" and _interpreting()):
         raise ValueError(f"backend={backend!r}: expected CUDA tensors for {operator}, got tensors on {device_type}")
-    return _load(operator, backend)[0]
+    return _or_raise(backend, *_load(operator, backend))
 
 
-_Pair = tuple[Callable[..., Any], Callable[..., str] | None]
+_Function = Callable[..., Any]
+_Lacks = Callable[..., str] | None
 
 
-def _load(operator: str, backend: str) -> _Pair:
-    """An implementation, and its `lacks` if it takes some arguments only."""
-    if backend == "reference":
-        return getattr(zipvl_reference, operator), None
+def _load(operator: str, backend: str) -> tuple[_Function, _Lacks]:
+    """A kernel, and its `lacks` if it takes some arguments only."""
     module = import_module(f"zipvl_kernels._{backend}.{operator.removesuffix('_')}")
     return getattr(module, operator), getattr(module, "lacks", None)
 
 
-def _first_that_can(found: list[_Pair]) -> Callable[..., Any]:
-    """The first implementation that takes the arguments of a call."""
+@cache
+def _reference(operator: str, device_type: str) -> _Function:
+    """The twin in plain PyTorch as it is meant: without gradients, and in its own dtypes under autocast.
+
+    Kernels know of neither.
+    """
+    fn = getattr(zipvl_reference, operator)
+
+    @wraps(fn)
+    def run(*args: Any, **options: Any) -> Any:
+        if torch.is_autocast_enabled(device_type):
+            with torch.no_grad(), torch.autocast(device_type, enabled=False):
+                return fn(*args, **options)
+        with torch.no_grad():
+            return fn(*args, **options)
+
+    return run
+
+
+def _first_that_can(found: list[tuple[_Function, _Lacks]]) -> _Function:
+    """The first implementation that takes the arguments of a call; the last one takes all."""
+    fn, lacks = found[0]
+    if lacks is None:
+        return fn
+    others = _first_that_can(found[1:])
 
     def run(*args: Any, **options: Any) -> Any:
-        implementation = next(fn for fn, lacks in found if lacks is None or not lacks(*args, **options))
-        return implementation(*args, **options)
+        return others(*args, **options) if lacks(*args, **options) else fn(*args, **options)
+
+    return run
+
+
+def _or_raise(backend: str, fn: _Function, lacks: _Lacks) -> _Function:
+    """`fn`, which refuses arguments that it cannot take."""
+    if lacks is None:
+        return fn
+
+    def run(*args: Any, **options: Any) -> Any:
+        why = lacks(*args, **options)
+        if why:
+            raise ValueError(f"backend={backend!r}: {why}")
+        return fn(*args, **options)
 
     return run
 

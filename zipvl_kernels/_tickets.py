@@ -5,6 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from zipvl_kernels._streams import current_stream
+
 
 def tickets(device: torch.device, count: int) -> Tensor:
     """At least `count` counters, int32, for the next launch on the current stream.
@@ -35,7 +37,7 @@ class _Pool:
                 return self.zeros(count)  # by a node of the graph, at each replay
             self.used += count
             return self.captured[self.used - count : self.used]
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = current_stream(self.device)
         held = self.of_stream.get(stream)
         if held is None or held.numel() < count:
             held = self.of_stream[stream] = self.zeros(max(count, self.LEAST))

@@ -12,10 +12,9 @@ MAX_DECODE_ROWS = 16
 def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """`q [B, Hq, M, D]` with `k, v [B, Hkv, N, D]`: one dtype and device, `Hq % Hkv == 0`, last dim contiguous."""
     _heads("q", q, "q", q)
-    B, Hq, _, D = q.shape
     _heads("k", k, "q", q)
-    Hkv = k.shape[1]
-    if k.shape[0] != B or k.shape[3] != D:
+    (B, Hq, _, D), (B_k, Hkv, _, D_k) = q.shape, k.shape
+    if B_k != B or D_k != D:
         raise ValueError(f"k: expected [B, Hkv, N, D] with B = {B} and D = {D} as in q, got shape {_shape(k)}")
     if Hq % Hkv:
         raise ValueError(f"k: expected a number of heads that divides the {Hq} heads of q, got {Hkv} ({_shape(k)})")
@@ -23,19 +22,22 @@ def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         _same_as_k(v, k)
 
 
-def pair_in_place(k: Tensor, v: Tensor) -> None:
-    """`k` and `v` that are to be written: two buffers `[B, Hkv, N, D]`, neither broadcast."""
+def pair(k: Tensor, v: Tensor) -> None:
+    """`k, v [B, Hkv, N, D]`: one shape, dtype and device, last dim contiguous."""
     _heads("k", k, "k", k)
     _same_as_k(v, k)
+
+
+def own_memory(k: Tensor, v: Tensor) -> None:
+    """`k` and `v` that are to be written: two buffers, neither broadcast."""
     if k is v:
         raise ValueError("v: expected a buffer of its own, got the same tensor as k")
     for name, x in (("k", k), ("v", v)):
-        for size, stride in zip(x.shape, x.stride(), strict=True):
-            if size > 1 and stride == 0:
-                raise ValueError(
-                    f"{name}: expected memory of its own for every row, since it is written in place, "
-                    f"got an expanded tensor of shape {_shape(x)} and strides {x.stride()}"
-                )
+        if 0 in x.stride() and any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(
+                f"{name}: expected memory of its own for every row, since it is written in place, "
+                f"got an expanded tensor of shape {_shape(x)} and strides {x.stride()}"
+            )
 
 
 def int32(name: str, x: Tensor, device: torch.device, *shapes: tuple[int, ...], meaning: str) -> None:
@@ -154,17 +156,18 @@ def decode_rows(q: Tensor) -> None:
 def _heads(name: str, x: Tensor, other: str, like: Tensor) -> None:
     """A float tensor of rank 4 with a contiguous last dim, and dtype and device of `like`, which is named `other`."""
     _tensor(name, x)
-    if x.dim() != 4:
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 4:
         raise ValueError(f"{name}: expected [batch, heads, rows, head dim], got shape {_shape(x)}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {x.dtype}")
-    if x.dtype != like.dtype:
-        raise TypeError(f"{name}: expected {like.dtype} like {other}, got {x.dtype}")
+    if dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {dtype}")
+    if dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype} like {other}, got {dtype}")
     if x.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} like {other}, got one on {x.device}")
-    if x.shape[1] < 1 or x.shape[3] < 1:
+    if shape[1] < 1 or shape[3] < 1:
         raise ValueError(f"{name}: expected at least one head and a head dim of at least 1, got shape {_shape(x)}")
-    if x.stride(3) != 1 and x.shape[3] > 1:
+    if x.stride(3) != 1 and shape[3] > 1:
         raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()} for shape {_shape(x)}")
 
 

@@ -30,7 +30,8 @@ def compact_kv_(
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.pair_in_place(k, v)
+    _validate.pair(k, v)
+    _validate.own_memory(k, v)
     _validate.selection(indices, counts, k)
     _validate.per_sequence(k.shape[0], k.device, dst_start=dst_start)
     _compact_kv_(k, v, indices, counts, dst_start, backend)

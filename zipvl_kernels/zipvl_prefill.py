@@ -1,5 +1,9 @@
 """`zipvl_prefill_`: score, select, compact and attend as one call."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +57,7 @@ def zipvl_prefill_(
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available for one of the steps.
     """
     _validate.heads(q=q, k=k, v=v)
-    _validate.pair_in_place(k, v)
+    _validate.own_memory(k, v)
     _validate.ratio("tau", tau) if keep_ratio is None else _validate.ratio("keep_ratio", keep_ratio)
     _validate.probes(num_recent, num_random)
     _validate.whole_number("seed", seed)
@@ -106,6 +110,12 @@ def _fake(
     return q.new_empty(q.shape), indices, counts
 
 
+@cache
+def _steps(backend: str, device_type: str) -> tuple[Callable[..., Any], ...]:
+    """The functions behind STEPS."""
+    return tuple(resolve(step, backend, device_type) for step in STEPS)
+
+
 @operator(
     "zipvl_prefill_(Tensor q, Tensor(a!) k, Tensor(b!) v, float tau, float? keep_ratio, int num_recent, "
     "int num_random, int seed, int keep_first, int keep_recent, float? scale, Tensor? q_start, Tensor? leftpad_k, "
@@ -130,9 +140,7 @@ def _zipvl_prefill_(
     pool: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    probe_rows, score_tokens, select_tokens, compact_kv_, sparse_attention = (
-        resolve(step, backend, q.device.type) for step in STEPS
-    )
+    probe_rows, score_tokens, select_tokens, compact_kv_, sparse_attention = _steps(backend, q.device.type)
     rows = probe_rows(q.shape[2], num_recent=num_recent, num_random=num_random, seed=seed, device=q.device)
     accumulated, normalized = score_tokens(
         q, k, rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool

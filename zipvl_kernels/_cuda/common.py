@@ -1,16 +1,18 @@
 """What all CUDA C kernels need: compiling and loading them, and launching on torch's current stream."""
 
-from functools import cache, lru_cache
+import ctypes
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-import cupy
-import numpy
 import torch
-from cupy.cuda import driver, nvrtc
+from cupy.cuda import driver, nvrtc, runtime
 from cupy.cuda.function import Function, Module
 
+from zipvl_kernels._streams import current_device, current_stream
+
+__all__ = ["allow_shared", "capability", "current_stream", "launch", "load", "load_module", "multiprocessors"]
 HERE = Path(__file__).parent
+INVALID_CONTEXT = 201  # the driver's answer in a thread that has not used CUDA yet
 
 
 @cache
@@ -56,22 +58,20 @@ def allow_shared(kernel: Function, device: torch.device, size: int) -> None:
         driver.funcSetAttribute(kernel.ptr, 8, size)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
-def current_stream(device: torch.device) -> int:
-    """Handle of torch's current stream on `device`."""
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
 def launch(
     kernel: Function, device: torch.device, stream: int, blocks: int, threads: int, parameters: bytes, shared: int = 0
 ) -> None:
     """Starts `kernel` with `parameters` as its one argument, by value."""
-    if device.index != torch.cuda.current_device():  # a handle of 0 names the current device's stream
+    if device.index != current_device():  # a handle of 0 names the current device's stream
         with torch.cuda.device(device):
             return launch(kernel, device, stream, blocks, threads, parameters, shared)
-    by_value = numpy.frombuffer(parameters, f"V{len(parameters)}")
-    kernel((blocks,), (threads,), (by_value,), shared, _stream(stream))
-
-
-@lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
-    return cupy.cuda.ExternalStream(handle)
+    # The driver wants an array of pointers to the arguments: this object's own memory is that array, of one.
+    pointer = ctypes.c_char_p(parameters)
+    call = (kernel.ptr, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointer), 0)
+    try:  # calling a CuPy kernel does the same, and takes several times as long
+        driver.launchKernel(*call)
+    except driver.CUDADriverError as error:
+        if error.status != INVALID_CONTEXT:
+            raise
+        runtime.free(0)  # makes the device's context the thread's
+        driver.launchKernel(*call)

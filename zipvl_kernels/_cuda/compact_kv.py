@@ -1,7 +1,7 @@
 """`compact_kv_` in CUDA C, for all that the operator takes. The .cu says how."""
 
 import struct
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from cupy.cuda.function import Function
@@ -12,7 +12,7 @@ from zipvl_kernels._tickets import tickets
 
 # Of one block, by which up to 32 KB are in flight, and blocks that a multiprocessor holds.
 THREADS, ITEMS, BLOCKS_PER_SM = 256, 8, 3
-_PARAMETERS = struct.Struct("=6Q11q4i")
+_ADDRESSES, _NUMBERS = struct.Struct("=6Q"), struct.Struct("=11q4i")
 
 
 def compact_kv_(
@@ -39,35 +39,56 @@ def launch(
     blocks_per_sm: int = BLOCKS_PER_SM,
 ) -> None:
     """The operator with one configuration."""
-    B, Hkv, N, D = k.shape
     if not k.numel():
         return
-    size = k.element_size()
-    width, strides = _width(k, v, size)
+    device, k_at, v_at = k.device, k.data_ptr(), v.data_ptr()
+    layout = k.shape, k.stride(), v.stride(), indices.shape[1], indices.stride(), counts.stride()
+    kernel, blocks, counters, numbers = _plan(
+        device, k.element_size(), (k_at | v_at) % 16, *layout, threads, items, blocks_per_sm
+    )
+    start = None if dst_start is None else dst_start.contiguous()
+    addresses = _ADDRESSES.pack(
+        k_at,
+        v_at,
+        indices.data_ptr(),
+        counts.data_ptr(),
+        0 if start is None else start.data_ptr(),
+        tickets(device, counters).data_ptr(),
+    )
+    common.launch(kernel, device, common.current_stream(device), blocks, threads, addresses + numbers)
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    device: torch.device,
+    size: int,
+    misaligned: int,
+    shape: torch.Size,
+    k_stride: tuple[int, ...],
+    v_stride: tuple[int, ...],
+    G: int,
+    indices_stride: tuple[int, ...],
+    counts_stride: tuple[int, ...],
+    threads: int,
+    items: int,
+    blocks_per_sm: int,
+) -> tuple[Function, int, int, bytes]:
+    """All that a launch takes beside addresses: the kernel, blocks, counters, and the parameters that are numbers."""
+    B, Hkv, N, D = shape
+    strides = [size * x for x in (*k_stride[:3], *v_stride[:3])]  # in bytes
+    multiples = misaligned | D * size | 16
+    for stride, extent in zip(strides, 2 * shape[:3], strict=True):
+        if extent > 1:
+            multiples |= stride
+    width = multiples & -multiples  # the widest load that every row allows: 16, 8, 4 or 2
     chunks = D * size // width
     lanes = 1 << (chunks - 1).bit_length()
     tiles = -(-N // (threads // lanes * items))
     chains = 2 * B * Hkv
-    device = k.device
     kernel = _kernel(device, width, chunks, lanes, threads, items, blocks_per_sm)
-    start = None if dst_start is None else dst_start.contiguous()
     blocks = min(tiles * chains, blocks_per_sm * common.multiprocessors(device))
-    parameters = _PARAMETERS.pack(
-        k.data_ptr(),
-        v.data_ptr(),
-        indices.data_ptr(),
-        counts.data_ptr(),
-        0 if start is None else start.data_ptr(),
-        tickets(device, 2 + tiles * chains).data_ptr(),
-        *strides,
-        *indices.stride(),
-        *counts.stride(),
-        B,
-        Hkv,
-        indices.shape[1],
-        N,
-    )
-    common.launch(kernel, device, common.current_stream(device), blocks, threads, parameters)
+    numbers = _NUMBERS.pack(*strides, *indices_stride, *counts_stride, B, Hkv, G, N)
+    return kernel, blocks, 2 + tiles * chains, numbers
 
 
 @cache
@@ -85,13 +106,3 @@ def _kernel(
         ITEMS=items,
         BLOCKS_PER_SM=blocks_per_sm,
     )
-
-
-def _width(k: Tensor, v: Tensor, size: int) -> tuple[int, list[int]]:
-    """The widest load that every row allows, in bytes: 16, 8, 4 or 2. The strides of `k` and `v` in bytes."""
-    strides = [size * x for x in (*k.stride()[:3], *v.stride()[:3])]
-    addresses = k.data_ptr() | v.data_ptr() | k.shape[3] * size | 16
-    for stride, extent in zip(strides, 2 * k.shape[:3], strict=True):
-        if extent > 1:
-            addresses |= stride
-    return addresses & -addresses, strides

@@ -2,7 +2,7 @@
 
 import math
 import struct
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from cupy.cuda.function import Function
@@ -21,7 +21,7 @@ ROW_BYTES = 24  # a column, at most, for the log-sum-exps of all probes, heads a
 MAX_SPLITS = 32
 MAX_PARTS = 8  # of a group's heads: each takes 4 bytes a column
 MAX_SPAN = 16  # tiles
-_PARAMETERS = struct.Struct("=128s10Q5q12if20x")
+_ADDRESSES, _NUMBERS = struct.Struct("=128s10Q"), struct.Struct("=5q12if20x")
 
 
 def lacks(
@@ -64,9 +64,6 @@ def score_tokens(
     pool: str = "layer",
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
-    why = lacks(q, k, probe_rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool)
-    if why:
-        raise ValueError(f"backend='cuda': {why}")
     return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool)
 
 
@@ -82,31 +79,58 @@ def launch(
     shares: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator on arguments that it can take; `shares` in place of those that `plan` gives."""
-    B, Hq, M, D = q.shape
-    Hkv, N = k.shape[1:3]
-    P = probe_rows.shape[-1]
-    G = 1 if pool == "layer" else Hkv
-    if B == 0 or M == 0 or N == 0 or P == 0:
-        nothing = torch.zeros((B, G, N), dtype=torch.float32, device=q.device)
-        return nothing, torch.zeros_like(nothing)
-    row_tiles, column_tiles, parts = shares or plan(N, P, Hq, G)
-    splits, spans = (-(-N // (tiles * TILE)) for tiles in (row_tiles, column_tiles))
-    accumulated = torch.empty((B, G, N), dtype=torch.float32, device=q.device)
+    device, q_shape, k_shape, rows_shape = q.device, q.shape, k.shape, probe_rows.shape
+    G = 1 if pool == "layer" else k_shape[1]
+    accumulated = torch.empty((q_shape[0], G, k_shape[2]), dtype=torch.float32, device=device)
     normalized = torch.empty_like(accumulated)
-    partial = torch.empty((B, G, parts, N), dtype=torch.float32, device=q.device)
-    lse = torch.empty((B, Hq, splits, P), dtype=torch.float32, device=q.device)
-    arrived = torch.empty((B, G, spans), dtype=torch.int32, device=q.device)
+    if not accumulated.numel() or not q_shape[2] or not rows_shape[-1]:
+        return accumulated.zero_(), normalized.zero_()
+    layout = q_shape, k_shape, rows_shape, q.stride(), probe_rows.stride()
+    kernels, blocks, sizes, shared, numbers = _plan(device, q.dtype == torch.float16, *layout, G, scale, shares)
+    scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    at = scratch.data_ptr()
     given = [None if x is None else x.contiguous() for x in (q_start, leftpad_k, seqused_k)]
-    half = q.dtype == torch.float16
-    parameters = _PARAMETERS.pack(
+    addresses = _ADDRESSES.pack(
         tensor_map(k),
         q.data_ptr(),
         probe_rows.data_ptr(),
         *(0 if x is None else x.data_ptr() for x in given),
-        *(x.data_ptr() for x in (lse, partial, arrived, accumulated, normalized)),
-        *q.stride()[:3],
-        0 if probe_rows.dim() == 1 else probe_rows.stride(0),
-        probe_rows.stride(-1),
+        at,
+        at + 4 * sizes[0],
+        at + 4 * (sizes[0] + sizes[1]),
+        accumulated.data_ptr(),
+        normalized.data_ptr(),
+    )
+    stream = common.current_stream(device)
+    for kernel, grid in zip(kernels, blocks, strict=True):
+        common.launch(kernel, device, stream, grid, THREADS, addresses + numbers, shared)
+    return accumulated, normalized
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    device: torch.device,
+    half: bool,
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    rows_shape: torch.Size,
+    q_stride: tuple[int, ...],
+    rows_stride: tuple[int, ...],
+    G: int,
+    scale: float | None,
+    shares: tuple[int, int, int] | None,
+) -> tuple[tuple[Function, Function], tuple[int, int], tuple[int, int, int], int, bytes]:
+    """All that the launches take beside addresses: kernels, blocks, scratch, bytes of shared memory, and numbers.
+
+    Scratch is in 4 bytes: the log-sum-exps, the sums of each part of the heads, and the counters of blocks.
+    """
+    (B, Hq, M, D), (_, Hkv, N, _), P = q_shape, k_shape, rows_shape[-1]
+    row_tiles, column_tiles, parts = shares or plan(N, P, Hq, G)
+    splits, spans = (-(-N // (tiles * TILE)) for tiles in (row_tiles, column_tiles))
+    numbers = _NUMBERS.pack(
+        *q_stride[:3],
+        0 if len(rows_shape) == 1 else rows_stride[0],
+        rows_stride[-1],
         B,
         Hq,
         G,
@@ -121,13 +145,10 @@ def launch(
         parts,
         (D**-0.5 if scale is None else scale) * math.log2(math.e) or 1e-30,  # times -inf, 0 would be NaN
     )
-    stream = common.current_stream(q.device)
     shared = 1024 + (1 + STAGES[D]) * TILE * D * 2 + 12288  # alignment, queries and K, the rest
-    row_sums, column_sums = _kernels(q.device, D, half, shared)
-    blocks = B * Hq * -(-P // TILE) * splits
-    common.launch(row_sums, q.device, stream, blocks, THREADS, parameters, shared)
-    common.launch(column_sums, q.device, stream, B * G * parts * spans, THREADS, parameters, shared)
-    return accumulated, normalized
+    blocks = B * Hq * -(-P // TILE) * splits, B * G * parts * spans
+    sizes = B * Hq * splits * P, B * G * parts * N, B * G * spans
+    return _kernels(device, D, half, shared), blocks, sizes, shared, numbers
 
 
 @cache

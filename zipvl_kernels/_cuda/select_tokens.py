@@ -1,7 +1,7 @@
 """`select_tokens` in CUDA C: radix selection by a cluster of blocks a set. The .cu says how."""
 
 import struct
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from cupy.cuda.function import Function
@@ -13,7 +13,7 @@ MOST_COLUMNS = 1 << 22  # sums of 10 bits stay within 32
 THREADS = 1024
 COLUMNS = 4096  # that one block takes before the set is worth another
 MOST_BLOCKS = 8  # of a cluster, on every GPU that has clusters
-_PARAMETERS = struct.Struct("=6Q6qd4i")
+_ADDRESSES, _NUMBERS = struct.Struct("=6Q"), struct.Struct("=6qd4i")
 
 
 def lacks(
@@ -47,9 +47,6 @@ def select_tokens(
     seqused_k: Tensor | None = None,  # int32 [B]
 ) -> tuple[Tensor, Tensor]:
     """Ascending columns of the kept set, then -1, int32 `[B, G, N]`; how many there are, int32 `[B, G]`."""
-    why = lacks(accumulated, normalized)
-    if why:
-        raise ValueError(f"backend='cuda': {why}")
     return launch(accumulated, normalized, tau, keep_ratio, keep_first, keep_recent, leftpad_k, seqused_k)
 
 
@@ -67,36 +64,48 @@ def launch(
     blocks: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator with one configuration: `blocks` of `threads` (a power of two from 32 to 1024) a set."""
-    B, G, N = accumulated.shape
-    device = accumulated.device
-    indices = torch.empty((B, G, N), dtype=torch.int32, device=device)
-    counts = torch.empty((B, G), dtype=torch.int32, device=device)
+    shape, device = accumulated.shape, accumulated.device
+    indices = torch.empty_like(accumulated, dtype=torch.int32, memory_format=torch.contiguous_format)
+    counts = indices.new_empty(shape[0], shape[1])
     if not indices.numel():
         return indices, counts.zero_()
-    blocks = blocks or _blocks(device, B * G, N)
-    share = tau if keep_ratio is None else keep_ratio
+    layout = shape, accumulated.stride(), normalized.stride()
+    kernel, grid, numbers = _plan(device, *layout, tau, keep_ratio, keep_first, keep_recent, threads, blocks)
     leftpad, seqused = (None if x is None else x.contiguous() for x in (leftpad_k, seqused_k))
-    parameters = _PARAMETERS.pack(
+    addresses = _ADDRESSES.pack(
         accumulated.data_ptr(),
         normalized.data_ptr(),
         0 if leftpad is None else leftpad.data_ptr(),
         0 if seqused is None else seqused.data_ptr(),
         indices.data_ptr(),
         counts.data_ptr(),
-        *accumulated.stride(),
-        *normalized.stride(),
-        share,
-        G,
-        N,
-        min(keep_first, N),
-        min(keep_recent, N),
     )
-    kernel = _kernel(device, threads, blocks, keep_ratio is not None)
-    common.launch(kernel, device, common.current_stream(device), B * G * blocks, threads, parameters)
+    common.launch(kernel, device, common.current_stream(device), grid, threads, addresses + numbers)
     return indices, counts
 
 
-@cache
+@lru_cache(maxsize=256)
+def _plan(
+    device: torch.device,
+    shape: torch.Size,
+    accumulated_stride: tuple[int, ...],
+    normalized_stride: tuple[int, ...],
+    tau: float | None,
+    keep_ratio: float | None,
+    keep_first: int,
+    keep_recent: int,
+    threads: int,
+    blocks: int | None,
+) -> tuple[Function, int, bytes]:
+    """All that a launch takes beside addresses: the kernel, the number of blocks, and numbers to pass."""
+    B, G, N = shape
+    blocks = blocks or _blocks(device, B * G, N)
+    share = tau if keep_ratio is None else keep_ratio
+    firsts = min(keep_first, N), min(keep_recent, N)
+    numbers = _NUMBERS.pack(*accumulated_stride, *normalized_stride, share, G, N, *firsts)
+    return _kernel(device, threads, blocks, keep_ratio is not None), B * G * blocks, numbers
+
+
 def _blocks(device: torch.device, sets: int, N: int) -> int:
     """Blocks of the cluster that works on a set: more for more columns, as long as all sets run at once."""
     if common.capability(device) < (9, 0):

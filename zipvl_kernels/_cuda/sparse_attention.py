@@ -2,7 +2,7 @@
 
 import math
 import struct
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from cupy.cuda.function import Function
@@ -18,7 +18,7 @@ MAX_SETS = 512  # B * G
 STAGES = {64: 4, 128: 2}  # tiles of K, and of V, in shared memory
 CONSUMER_REGISTERS, PRODUCER_REGISTERS, TAKE_TURNS = 232, 40, True
 SECTION_BYTES = 24 << 20  # of K and V that heads worked on at a time may take, so that they stay in L2
-_PARAMETERS = struct.Struct("=128s128s6Q8q9if40x")
+_ADDRESSES, _NUMBERS = struct.Struct("=128s128s6Q"), struct.Struct("=8q9if40x")
 
 
 def lacks(
@@ -63,9 +63,6 @@ def sparse_attention(
     kv_compacted: bool = False,
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
-    why = lacks(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=kv_compacted)
-    if why:
-        raise ValueError(f"backend='cuda': {why}")
     return launch(q, k, v, indices, counts, scale, q_start)
 
 
@@ -85,19 +82,16 @@ def launch(
     section_bytes: int = SECTION_BYTES,
 ) -> Tensor:
     """The operator on arguments that it can take, with one configuration."""
-    B, Hq, M, D = q.shape
-    Hkv, N = k.shape[1:3]
-    G, C = indices.shape[1:]
-    out = torch.empty((B, Hq, M, D), dtype=q.dtype, device=q.device)
-    most = min(C, N)
-    if not out.numel() or not most:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q_shape, k_shape, indices_shape = q.shape, k.shape, indices.shape
+    if not out.numel() or not min(k_shape[2], indices_shape[2]):
         return out.zero_()
-    stream = common.current_stream(q.device)
-    half = q.dtype == torch.float16
-    stages = stages or STAGES[D]
+    device, half = q.device, q.dtype == torch.float16
+    layout = q_shape, k_shape, indices_shape, q.stride(), indices.stride(), counts.stride()
+    config = stages or STAGES[q_shape[3]], consumer_registers, producer_registers, take_turns, section_bytes
+    kernel, shared, blocks, numbers = _plan(device, half, *layout, scale, q_start is None, *config)
     start = None if q_start is None else q_start.contiguous()
-    kernel, shared, blocks = _kernel(q.device, D, half, stages, consumer_registers, producer_registers, take_turns)
-    parameters = _PARAMETERS.pack(
+    parameters = _ADDRESSES.pack(
         tensor_map(k),
         tensor_map(v),
         q.data_ptr(),
@@ -105,23 +99,49 @@ def launch(
         indices.data_ptr(),
         counts.data_ptr(),
         0 if start is None else start.data_ptr(),
-        tickets(q.device, 1).data_ptr(),
-        *q.stride()[:3],
-        *indices.stride(),
-        *counts.stride(),
+        tickets(device, 1).data_ptr(),
+    )
+    common.launch(kernel, device, common.current_stream(device), blocks, THREADS, parameters + numbers, shared)
+    return out
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    device: torch.device,
+    half: bool,
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    indices_shape: torch.Size,
+    q_stride: tuple[int, ...],
+    indices_stride: tuple[int, ...],
+    counts_stride: tuple[int, ...],
+    scale: float | None,
+    default_start: bool,
+    stages: int,
+    consumer_registers: int,
+    producer_registers: int,
+    take_turns: bool,
+    section_bytes: int,
+) -> tuple[Function, int, int, bytes]:
+    """All that a launch takes beside addresses: the kernel, bytes of shared memory, blocks, and numbers to pass."""
+    (B, Hq, M, D), (_, Hkv, N, _), (_, G, C) = q_shape, k_shape, indices_shape
+    kernel, shared, blocks = _kernel(device, D, half, stages, consumer_registers, producer_registers, take_turns)
+    numbers = _NUMBERS.pack(
+        *q_stride[:3],
+        *indices_stride,
+        *counts_stride,
         B,
         Hq,
         Hkv,
         G,
         M,
-        most,
+        min(C, N),
         C - M,
-        q_start is None and C == M,
+        default_start and C == M,
         section_bytes,
         (D**-0.5 if scale is None else scale) * math.log2(math.e),
     )
-    common.launch(kernel, q.device, stream, blocks, THREADS, parameters, shared)
-    return out
+    return kernel, shared, blocks, numbers
 
 
 @cache

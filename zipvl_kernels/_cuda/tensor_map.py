@@ -24,10 +24,6 @@ def tensor_map(x: Tensor) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _encode(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]) -> bytes:
-    (B, H, N, D), (b, h, n, _) = shape, stride
-    sizes = (ctypes.c_uint64 * 4)(D, N, H, B)
-    strides = (ctypes.c_uint64 * 3)(*(2 * (x if size > 1 else D) for x, size in ((n, N), (h, H), (b, B))))  # bytes
-    box, ones = (ctypes.c_uint32 * 4)(64, 128, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
     buffer = ctypes.create_string_buffer(128 + 64)
     at = -ctypes.addressof(buffer) % 64  # the driver wants it aligned
     float_type, swizzle_128, promote_256 = 6 if half else 9, 3, 3  # values of the driver's enumerations
@@ -36,10 +32,7 @@ def _encode(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]
         float_type,
         4,
         ctypes.c_void_p(address),
-        sizes,
-        strides,
-        box,
-        ones,
+        *_extents(shape, stride),
         0,
         swizzle_128,
         promote_256,
@@ -48,6 +41,15 @@ def _encode(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled failed with {status} for shape {list(shape)} and strides {stride}")
     return buffer.raw[at : at + 128]
+
+
+@lru_cache(maxsize=256)
+def _extents(shape: torch.Size, stride: tuple[int, ...]) -> tuple[object, ...]:
+    """Sizes, strides in bytes, box and steps of a descriptor: the same for all layers, whose addresses differ."""
+    (B, H, N, D), (b, h, n, _) = shape, stride
+    sizes = (ctypes.c_uint64 * 4)(D, N, H, B)
+    strides = (ctypes.c_uint64 * 3)(*(2 * (x if size > 1 else D) for x, size in ((n, N), (h, H), (b, B))))
+    return sizes, strides, (ctypes.c_uint32 * 4)(64, 128, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
 
 
 @cache

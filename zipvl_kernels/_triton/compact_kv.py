@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._tickets import tickets
+from zipvl_kernels._triton import common
 from zipvl_kernels._triton.common import dense
 
 ROWS = 64  # of a tile
@@ -26,27 +27,26 @@ def compact_kv_(
     (B, Hkv, N, D), G = k.shape, indices.shape[1]
     if B * N == 0:
         return
-    tiles = triton.cdiv(N, ROWS)
+    tiles = common.pieces(N, ROWS)
     programs = tiles * B * Hkv
-    _kernel[(programs,)](
-        k,
-        v,
-        indices,
-        counts,
-        dense(dst_start),
-        tickets(k.device, programs + 2),
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *indices.stride(),
-        *counts.stride(),
-        N,
-        N.bit_length(),
-        Hkv,
-        G,
-        tiles,
-        programs,
+    common.launch(
+        _kernel,
+        (programs,),
+        (k, v, indices, counts, dense(dst_start), tickets(k.device, programs + 2)),
+        (
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *indices.stride(),
+            *counts.stride(),
+            N,
+            N.bit_length(),
+            Hkv,
+            G,
+            tiles,
+            programs,
+        ),
         D=D,
-        BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_D=common.power_of_2(D),
         ROWS=ROWS,
         num_warps=4,
     )

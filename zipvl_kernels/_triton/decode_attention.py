@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipvl_kernels._triton import common
 from zipvl_kernels._triton.common import interpreting
 
 MAX_HEAD_DIM = 256
@@ -54,35 +55,34 @@ def launch(
     (B, Hq, M, D), Hkv, N = q.shape, k.shape[1], k.shape[2]
     if D > MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
-    out = torch.empty((B, Hq, M, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, Hq, M), dtype=torch.float32, device=q.device) if return_lse else None
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(B, Hq, M, dtype=torch.float32, device=q.device) if return_lse else None
     if B == 0 or M == 0:
         return out, lse
     rows = Hq // Hkv * M  # that read one KV head
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
-    splits, parts = max(1, triton.cdiv(N, split)), triton.cdiv(rows, block_m)
-    block_d = max(16, triton.next_power_of_2(D))
-    partial = torch.empty((B, Hkv, splits, rows, D), dtype=torch.float32, device=q.device)
-    found = torch.empty((B, Hkv, 2, splits, rows), dtype=torch.float32, device=q.device)
+    block_m = min(max(16, common.power_of_2(rows)), 64)
+    splits, parts = max(1, common.pieces(N, split)), common.pieces(rows, block_m)
+    block_d = max(16, common.power_of_2(D))
+    partial = torch.empty(B, Hkv, splits, rows, D, dtype=torch.float32, device=q.device)
+    found = torch.empty(B, Hkv, 2, splits, rows, dtype=torch.float32, device=q.device)
     per_head = seqused_k.stride(1) if seqused_k.dim() == 2 else 0
-    _split[(splits * parts, Hkv, B)](
-        q,
-        k,
-        v,
-        seqused_k,
-        partial,
-        found,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        seqused_k.stride(0),
-        per_head,
-        (D**-0.5 if scale is None else scale) * math.log2(math.e),
-        M,
-        N,
-        rows,
-        splits,
-        parts,
+    common.launch(
+        _split,
+        (splits * parts, Hkv, B),
+        (q, k, v, seqused_k, partial, found),
+        (
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            seqused_k.stride(0),
+            per_head,
+            (D**-0.5 if scale is None else scale) * math.log2(math.e),
+            M,
+            N,
+            rows,
+            splits,
+            parts,
+        ),
         D=D,
         BLOCK_D=block_d,
         BLOCK_M=block_m,
@@ -92,18 +92,11 @@ def launch(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    _merge[(rows, Hkv, B)](
-        partial,
-        found,
-        seqused_k,
-        out,
-        lse,
-        seqused_k.stride(0),
-        per_head,
-        M,
-        N,
-        rows,
-        splits,
+    common.launch(
+        _merge,
+        (rows, Hkv, B),
+        (partial, found, seqused_k, out, lse),
+        (seqused_k.stride(0), per_head, M, N, rows, splits),
         D=D,
         BLOCK_D=block_d,
         BLOCK_S=32,

@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from zipvl_reference.probe_rows import ROUNDS, halves, seed_key, sizes
 
+from zipvl_kernels._triton import common
+
 BLOCK = 64
 
 
@@ -22,8 +24,10 @@ def probe_rows(
     rows = torch.empty(recent + random, dtype=torch.int32, device=device)
     if rows.numel():
         rest = num_rows - recent
-        grid = (triton.cdiv(random, BLOCK) + triton.cdiv(recent, BLOCK),)
-        _kernel[grid](rows, *halves(rest), rest, random, recent, seed_key(seed), ROUNDS=ROUNDS, BLOCK=BLOCK)
+        grid = (common.pieces(random, BLOCK) + common.pieces(recent, BLOCK),)
+        common.launch(
+            _kernel, grid, (rows,), (*halves(rest), rest, random, recent, seed_key(seed)), ROUNDS=ROUNDS, BLOCK=BLOCK
+        )
     return rows
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipvl_kernels._triton import common
 from zipvl_kernels._triton.common import dense, interpreting
 
 MAX_HEAD_DIM = 256
@@ -74,14 +75,14 @@ def launch(
         nothing = torch.zeros((B, G, N), dtype=torch.float32, device=q.device)
         return nothing, torch.zeros_like(nothing)
     # How the work is cut depends on the shape of one sequence alone, so that its bits do not depend on the batch.
-    blocks = triton.cdiv(P, block_p)
+    blocks = common.pieces(P, block_p)
     split = _share(N, max(1, min(MAX_SPLITS, row_programs // (Hq * blocks))), block_n)
-    splits = triton.cdiv(N, split)
+    splits = common.pieces(N, split)
     heads = Hq // G
-    part = next(n for n in range(triton.cdiv(heads, MAX_PARTS), heads + 1) if heads % n == 0)  # heads of a program
+    part = next(n for n in range(common.pieces(heads, MAX_PARTS), heads + 1) if heads % n == 0)  # heads of a program
     parts = heads // part
     span = _share(N, max(1, column_programs // (G * parts)), block_n)
-    spans = triton.cdiv(N, span)
+    spans = common.pieces(N, span)
 
     accumulated = torch.empty((B, G, N), dtype=torch.float32, device=q.device)
     normalized = torch.empty_like(accumulated)
@@ -89,7 +90,7 @@ def launch(
     lse = torch.empty((B, Hq, splits, P), dtype=torch.float32, device=q.device)
     arrived = torch.empty((B, G, spans), dtype=torch.int32, device=q.device)
     rows_b = 0 if probe_rows.dim() == 1 else probe_rows.stride(0)
-    given = (
+    tensors = (
         q,
         k,
         probe_rows,
@@ -98,6 +99,8 @@ def launch(
         dense(seqused_k),
         lse,
         arrived,
+    )
+    numbers = (
         *q.stride()[:3],
         *k.stride()[:3],
         rows_b,
@@ -111,7 +114,7 @@ def launch(
     )
     shape = {
         "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_D": max(16, common.power_of_2(D)),
         "BLOCK_P": block_p,
         "BLOCK_N": block_n,
         "UPCAST": interpreting(),
@@ -119,20 +122,14 @@ def launch(
         "num_stages": num_stages,
     }
     grid = B * Hq * blocks * splits
-    counters = triton.next_power_of_2(triton.cdiv(arrived.numel(), grid))
-    _row_sums[(grid,)](*given, split, splits, arrived.numel(), COUNTERS=counters, **shape)
-    _column_sums[(B * G * parts * spans,)](
-        *given,
-        partial,
-        accumulated,
-        normalized,
-        splits,
-        span,
-        spans,
-        G,
-        part,
-        parts,
-        SPLITS=triton.next_power_of_2(splits),
+    counters = common.power_of_2(common.pieces(arrived.numel(), grid))
+    common.launch(_row_sums, (grid,), tensors, (*numbers, split, splits, arrived.numel()), COUNTERS=counters, **shape)
+    common.launch(
+        _column_sums,
+        (B * G * parts * spans,),
+        (*tensors, partial, accumulated, normalized),
+        (*numbers, splits, span, spans, G, part, parts),
+        SPLITS=common.power_of_2(splits),
         **shape,
     )
     return accumulated, normalized
@@ -259,6 +256,9 @@ def _column_sums(  # type: ignore[no-untyped-def]
     seqused_k,  # [B] or None
     lse,  # [B, Hq, splits, P]
     arrived,  # [B, G, spans], programs of a span that are done
+    partial,  # [B, G, parts, N]
+    accumulated,  # [B, G, N]
+    normalized,  # [B, G, N]
     q_b,
     q_h,
     q_m,
@@ -273,9 +273,6 @@ def _column_sums(  # type: ignore[no-untyped-def]
     P,
     Hq,
     shared,  # query heads of a KV head
-    partial,  # [B, G, parts, N]
-    accumulated,  # [B, G, N]
-    normalized,  # [B, G, N]
     splits,
     span,  # columns
     spans,

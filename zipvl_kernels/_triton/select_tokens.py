@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipvl_kernels._triton import common
 from zipvl_kernels._triton.common import dense
 
 BLOCK = 4096  # columns at a time
@@ -28,25 +29,24 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Ascending columns of the kept set, then -1, int32 `[B, G, N]`; how many there are, int32 `[B, G]`."""
     B, G, N = accumulated.shape
-    indices = torch.empty((B, G, N), dtype=torch.int32, device=accumulated.device)
-    counts = torch.empty((B, G), dtype=torch.int32, device=accumulated.device)
+    indices = torch.empty_like(accumulated, dtype=torch.int32, memory_format=torch.contiguous_format)
+    counts = indices.new_empty(B, G)
     if B * G == 0 or N == 0:
         return indices, counts.zero_()
-    block = min(BLOCK, max(16, triton.next_power_of_2(N)))
-    _kernel[(G, B)](
-        accumulated,
-        normalized,
-        dense(leftpad_k),
-        dense(seqused_k),
-        indices,
-        counts,
-        *accumulated.stride(),
-        *normalized.stride(),
-        N,
-        keep_first,
-        keep_recent,
-        # Scalars reach a kernel as fp32: the share goes as the bits of its fp64.
-        _bits(tau if keep_ratio is None else keep_ratio),
+    block = min(BLOCK, max(16, common.power_of_2(N)))
+    common.launch(
+        _kernel,
+        (G, B),
+        (accumulated, normalized, dense(leftpad_k), dense(seqused_k), indices, counts),
+        (
+            *accumulated.stride(),
+            *normalized.stride(),
+            N,
+            keep_first,
+            keep_recent,
+            # Scalars reach a kernel as fp32: the share goes as the bits of its fp64.
+            _bits(tau if keep_ratio is None else keep_ratio),
+        ),
         BY_RATIO=keep_ratio is not None,
         BLOCK=block,
         num_warps=max(1, min(16, block // 128)),

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipvl_kernels._triton import common
 from zipvl_kernels._triton.common import dense, interpreting
 
 MAX_HEAD_DIM = 256
@@ -79,37 +80,35 @@ def launch(
     G, C = indices.shape[1:]
     if D > MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
-    out = torch.empty((B, Hq, M, D), dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if B == 0 or M == 0:
         return out
     most = min(C, N) if kv_compacted else C  # of a set
-    attend = triton.cdiv(most, block_m) * B * Hq
-    zero = triton.cdiv(M, ZERO_ROWS) * B * G * triton.cdiv(Hq // G, ZERO_HEADS)
-    _kernel[(attend + zero,)](
-        q,
-        k,
-        v,
-        out,
-        indices,
-        counts,
-        dense(q_start),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *indices.stride(),
-        *counts.stride(),
-        (D**-0.5 if scale is None else scale) * math.log2(math.e),
-        attend,
-        M,
-        most,
-        C - M,
-        most.bit_length(),
-        B,
-        Hq,
-        Hkv,
-        G,
+    attend = common.pieces(most, block_m) * B * Hq
+    zero = common.pieces(M, ZERO_ROWS) * B * G * common.pieces(Hq // G, ZERO_HEADS)
+    common.launch(
+        _kernel,
+        (attend + zero,),
+        (q, k, v, out, indices, counts, dense(q_start)),
+        (
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *indices.stride(),
+            *counts.stride(),
+            (D**-0.5 if scale is None else scale) * math.log2(math.e),
+            attend,
+            M,
+            most,
+            C - M,
+            most.bit_length(),
+            B,
+            Hq,
+            Hkv,
+            G,
+        ),
         D=D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_D=max(16, common.power_of_2(D)),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         ZERO_ROWS=ZERO_ROWS,

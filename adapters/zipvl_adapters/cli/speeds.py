@@ -19,8 +19,6 @@ def implementations(operator: str) -> dict[str, Fn]:
     """Our GPU implementations of an operator that this machine can run, by the names that results carry."""
     from functools import partial
 
-    import zipvl_reference
-
     import zipvl_kernels as zk
     from zipvl_kernels._backends import resolve
     from zipvl_kernels.zipvl_prefill import STEPS
@@ -35,7 +33,7 @@ def implementations(operator: str) -> dict[str, Fn]:
     fn, found = getattr(zk, operator), {}
     if operator == "zipvl_prefill_":  # "auto" takes each step's best; all of Triton is what machines without CuPy have
         steps = [step for step in STEPS if step != "probe_rows"]
-        if all(resolve(step, "auto", "cuda") is not getattr(zipvl_reference, step) for step in steps):
+        if all(resolve(step, "auto", "cuda") is not resolve(step, "reference", "cuda") for step in steps):
             found["zipvl"] = fn
         if all(has(step, "triton") for step in steps) and ("zipvl" not in found or any(has(x, "cuda") for x in steps)):
             found["zipvl, triton"] = partial(fn, backend="triton")
