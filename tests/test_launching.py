@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import struct
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -139,14 +140,14 @@ def cuda_common(monkeypatch):
         setattr(fakes[name.rpartition(".")[0]], name.rpartition(".")[2], fakes[name])
     launched, errors, freed = [], [], []
 
-    def launch_kernel(function, *sizes_and_stream_and_lists):
-        *rest, pointers, extra = sizes_and_stream_and_lists
+    def start(config, function, pointers, extra):
         if errors:
-            raise DriverError(errors.pop())
+            return errors.pop()
+        *sizes, stream, _, attributes = struct.unpack("=7I4xQQI4x", config)
         parameters = ctypes.string_at(ctypes.c_void_p.from_address(pointers).value, 5)
-        launched.append((function, *rest, parameters, extra))
+        launched.append((function, *sizes, stream, attributes, parameters, extra))
+        return 0
 
-    fakes["cupy.cuda.driver"].launchKernel = launch_kernel
     fakes["cupy.cuda.driver"].CUDADriverError = DriverError
     fakes["cupy.cuda.runtime"].free = freed.append
     fakes["cupy.cuda.function"].Function = fakes["cupy.cuda.function"].Module = object
@@ -157,13 +158,19 @@ def cuda_common(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "current_device", lambda: 0)
+    monkeypatch.setattr(module, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "_start", lambda: start)
     return module, launched, errors, freed
 
 
-def test_cuda_launch_passes_the_bytes(cuda_common):
+def test_cuda_launch_passes_the_bytes(cuda_common, monkeypatch):
     module, launched, _, _ = cuda_common
     module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"a\0b\0c", shared=1024)
-    assert launched == [(23, 40, 1, 1, 256, 1, 1, 1024, 7, b"a\0b\0c", 0)]
+    monkeypatch.setattr(module, "capability", lambda device: (8, 0))  # kernels do not overlap there
+    module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"a\0b\0c")
+    sizes = 40, 1, 1, 256, 1, 1
+    assert launched == [(23, *sizes, x, 7, n, b"a\0b\0c", None) for x, n in ((1024, 1), (0, 0))]
+    assert struct.unpack("=i4xi60x", module._ATTRIBUTE.raw) == (6, 1)
 
 
 def test_cuda_launch_in_a_thread_without_a_context(cuda_common):

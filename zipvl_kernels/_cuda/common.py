@@ -1,6 +1,8 @@
 """What all CUDA C kernels need: compiling and loading them, and launching on torch's current stream."""
 
 import ctypes
+import struct
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -10,9 +12,21 @@ from cupy.cuda.function import Function, Module
 
 from zipvl_kernels._streams import current_device, current_stream
 
-__all__ = ["allow_shared", "capability", "current_stream", "launch", "load", "load_module", "multiprocessors"]
+__all__ = [
+    "allow_shared",
+    "capability",
+    "current_stream",
+    "launch",
+    "libcuda",
+    "load",
+    "load_module",
+    "multiprocessors",
+]
 HERE = Path(__file__).parent
 INVALID_CONTEXT = 201  # the driver's answer in a thread that has not used CUDA yet
+# The driver's: sizes, stream and attributes of a launch, and the one attribute in use (dependent.cuh says for what).
+_CONFIG = struct.Struct("=7I4xQQI4x")
+_ATTRIBUTE = ctypes.create_string_buffer(struct.pack("=i4xi60x", 6, 1), 72)  # programmatic stream serialization: on
 
 
 @cache
@@ -61,17 +75,32 @@ def allow_shared(kernel: Function, device: torch.device, size: int) -> None:
 def launch(
     kernel: Function, device: torch.device, stream: int, blocks: int, threads: int, parameters: bytes, shared: int = 0
 ) -> None:
-    """Starts `kernel` with `parameters` as its one argument, by value."""
+    """Starts `kernel` with `parameters` as its one argument, by value; on Hopper under the end of the one before it."""
     if device.index != current_device():  # a handle of 0 names the current device's stream
         with torch.cuda.device(device):
             return launch(kernel, device, stream, blocks, threads, parameters, shared)
     # The driver wants an array of pointers to the arguments: this object's own memory is that array, of one.
     pointer = ctypes.c_char_p(parameters)
-    call = (kernel.ptr, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointer), 0)
-    try:  # calling a CuPy kernel does the same, and takes several times as long
-        driver.launchKernel(*call)
-    except driver.CUDADriverError as error:
-        if error.status != INVALID_CONTEXT:
-            raise
+    overlaps = capability(device) >= (9, 0)
+    config = _CONFIG.pack(blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(_ATTRIBUTE), overlaps)
+    call = config, kernel.ptr, ctypes.addressof(pointer), None
+    start = _start()  # CuPy's call takes several times as long, and cannot overlap kernels
+    status = start(*call)
+    if status == INVALID_CONTEXT:
         runtime.free(0)  # makes the device's context the thread's
-        driver.launchKernel(*call)
+        status = start(*call)
+    if status:
+        raise driver.CUDADriverError(status)
+
+
+@cache
+def libcuda() -> ctypes.CDLL:
+    """The driver itself, for what CuPy does not offer."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
+def _start() -> Callable[..., int]:
+    function = libcuda().cuLaunchKernelEx
+    function.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    return function

@@ -1,10 +1,12 @@
 """Descriptors of `[B, H, N, D]` for Hopper's copies of whole tiles into shared memory (TMA)."""
 
 import ctypes
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from zipvl_kernels._cuda.common import libcuda
 
 
 def lacks(name: str, x: Tensor) -> str:
@@ -27,7 +29,7 @@ def _encode(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]
     buffer = ctypes.create_string_buffer(128 + 64)
     at = -ctypes.addressof(buffer) % 64  # the driver wants it aligned
     float_type, swizzle_128, promote_256 = 6 if half else 9, 3, 3  # values of the driver's enumerations
-    status = _driver().cuTensorMapEncodeTiled(
+    status = libcuda().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(buffer) + at),
         float_type,
         4,
@@ -50,8 +52,3 @@ def _extents(shape: torch.Size, stride: tuple[int, ...]) -> tuple[object, ...]:
     sizes = (ctypes.c_uint64 * 4)(D, N, H, B)
     strides = (ctypes.c_uint64 * 3)(*(2 * (x if size > 1 else D) for x, size in ((n, N), (h, H), (b, B))))
     return sizes, strides, (ctypes.c_uint32 * 4)(64, 128, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
