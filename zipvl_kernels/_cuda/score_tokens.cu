@@ -4,17 +4,20 @@
 // hence weights at once: a block walks a span of columns for a few heads, keys as rows of the product so that a
 // column's sum stays within four lanes. The last block of a span to finish adds what the others found, in fixed order.
 //
-// In both, two warpgroups multiply, each with 64 rows of a tile, and the thread of a ninth warp copies tiles of K ahead
-// of them (TMA). Two blocks fit a multiprocessor: one's exponentials run under the other's products.
+// In both, a block of a multiprocessor has two pairs of warpgroups, which take the tiles of K in turn, each warpgroup
+// with 64 rows of the product: one's exponentials run under the others' products. The thread of another warp copies
+// tiles of K ahead of them (TMA).
 //
-// Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16, STAGES of the ring of K.
+// Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16.
 
 #include "dependent.cuh"
 #include "hopper.cuh"
 
-constexpr int WORKERS = 256;      // threads that multiply
+constexpr int PAIR = 256, WORKERS = 2 * PAIR;  // threads that multiply
+constexpr int STAGES = 4;                      // tiles of K in shared memory
 constexpr int MAX_PROBES = 512;
-constexpr int MAX_SPAN = 16 * TILE;  // columns of a block of `column_sums`
+constexpr int MAX_ITEMS = 32;        // tiles of probes, over the heads of a block of `column_sums`
+constexpr int MAX_SPAN = 16 * TILE;  // columns of such a block
 
 struct Params {
     TensorMap k;           // [B, Hkv, N, D], boxes of TILE rows and BAND columns
@@ -24,7 +27,7 @@ struct Params {
     const int* leftpad_k;  // [B] or null
     const int* seqused_k;  // [B] or null
     float* lse;            // [B, Hq, splits, P]: log2 of the sum of exp2 of a probe's scores over a split
-    float* partial;        // [B, G, parts, N]: of the heads of a part
+    float* partial;        // [B, G, parts - 2, N]: sums over the heads of a part; the first two are in the outputs
     int* arrived;          // [B, G, spans]: blocks of a span that are done; cleared by the first launch for the second
     float* accumulated;    // [B, G, N]
     float* normalized;     // [B, G, N]
@@ -41,16 +44,16 @@ static_assert(sizeof(Params) == 320, "the launcher packs so much");
 
 struct Shared {
     u64 full[STAGES], empty[STAGES];
-    int at[MAX_PROBES];    // the last column that a probe sees, -1: none
-    int last[9];           // the largest of them, by warp
-    int finishes;          // this block is the last of its span
-    float less[2][TILE];   // minus the log-sum-exp of each probe, of this head and the next
-    float sums[MAX_SPAN];  // of the columns, over this block's heads
+    int at[MAX_PROBES];            // the last column that a probe sees, -1: none
+    int last[WORKERS / 32 + 1];    // the largest of them, by warp
+    int finishes;                  // this block is the last of its span
+    float less[MAX_ITEMS][TILE];   // minus the log-sum-exp of each probe
+    float sums[MAX_SPAN];          // of the columns, over this block's heads
 };
 
-// Shared memory: a tile of queries, the ring of K, then the rest.
-constexpr u32 Q_AT = 0, K_AT = TILE_BYTES, SHARED_AT = K_AT + STAGES * TILE_BYTES;
-static_assert(sizeof(Shared) <= 12288, "the launcher allows for so much");
+// Shared memory: two tiles of queries, the ring of K, then the rest.
+constexpr u32 Q_AT = 0, K_AT = 2 * TILE_BYTES, SHARED_AT = K_AT + STAGES * TILE_BYTES;
+static_assert(sizeof(Shared) <= 28672, "the launcher allows for so much");
 
 // --- probes --------------------------------------------------------------------------------------------------------
 
@@ -63,7 +66,7 @@ __device__ int prepare(const Params& p, Shared& sh, int b, int from, int count) 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(sh.full[i], 1);
-            barrier_init(sh.empty[i], WORKERS / 32);
+            barrier_init(sh.empty[i], PAIR / 32);
         }
         barriers_ready();
     }
@@ -78,7 +81,7 @@ __device__ int prepare(const Params& p, Shared& sh, int b, int from, int count) 
     if (threadIdx.x % 32 == 0) sh.last[threadIdx.x / 32] = last;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 9; ++i) last = max(last, sh.last[i]);
+    for (int i = 0; i <= WORKERS / 32; ++i) last = max(last, sh.last[i]);
     return last;
 }
 
@@ -110,17 +113,16 @@ __device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at
     }
 }
 
-// S [64, 128] of the next tile of the ring: with A its rows from `a` on, B the queries, or the other way round.
-__device__ __forceinline__ void multiply_next(float (&s)[64], Shared& sh, u32 k_at, u32 q_at, int half, bool keys_as_rows, u32& used) {
-    u32 stage = used % STAGES, k = k_at + stage * TILE_BYTES, below = half * ROWS * 128;
-    wait(sh.full[stage], used / STAGES & 1);
+// S [64, 128] of the ring's tile `n`: this half of its rows with the queries, or this half of the queries with it.
+__device__ __forceinline__ void multiply_tile(float (&s)[64], Shared& sh, u32 k_at, u32 q_at, int half, bool keys_as_rows, u32 n) {
+    u32 stage = n % STAGES, k = k_at + stage * TILE_BYTES, below = half * ROWS * 128;
+    wait(sh.full[stage], n / STAGES & 1);
     pin(s);
     wgmma_fence();
     issue_scores<TILE_BAND>(s, (keys_as_rows ? k : q_at) + below, keys_as_rows ? q_at : k);
     wgmma_wait<0>();
     pin(s);
     if (threadIdx.x % 32 == 0) arrive(sh.empty[stage]);
-    ++used;
 }
 
 // --- log-sum-exps of the rows --------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ __device__ __forceinline__ void add_scores(float (&s)[64], const int (&reach)[2]
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) row_sums(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) row_sums(const __grid_constant__ Params p) {
     extern __shared__ char raw[];
     u32 base = shared_address(raw), pad = (1024 - base % 1024) % 1024;
     base += pad;
@@ -168,46 +170,54 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) row_sums(const __g
     int begin = max(split * p.split, first_column(p, b)), end = min((split + 1) * p.split, last + 1);
 
     int thread = threadIdx.x, lane = thread % 32;
-    u32 count = 0;
     if (thread >= WORKERS) {
-        if (lane == 0) serve_keys(p, sh, base + K_AT, begin, end, kv, b, count);
+        u32 loaded = 0;
+        if (lane == 0) serve_keys(p, sh, base + K_AT, begin, end, kv, b, loaded);
         return;
     }
     gather_queries(p, sh.at, b, head, base + Q_AT);
-    int half = thread / 128, r = thread / 32 * 16 + lane / 4;
+    int pair = thread / PAIR, half = thread / 128 % 2, r = thread % PAIR / 32 * 16 + lane / 4;
     int limit[2] = {min(sh.at[r], end - 1), min(sh.at[r + 8], end - 1)};
     float s[64], largest[2] = {-3e38f, -3e38f}, total[2] = {0, 0};  // of a thread's own columns; finite where none is seen
     queries_ready();
-    for (int j = begin; j < end; j += TILE) {
-        multiply_next(s, sh, base + K_AT, base + Q_AT, half, false, count);
+    u32 n = pair;
+    for (int j = begin + pair * TILE; j < end; j += 2 * TILE, n += 2) {
+        multiply_tile(s, sh, base + K_AT, base + Q_AT, half, false, n);
         int reach[2] = {limit[0] - j, limit[1] - j};
         add_scores(s, reach, largest, total, p.scale);
         __syncwarp();
     }
+    float above[2], sum[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        float above = max_of_four_lanes(largest[h]), sum = sum_of_four_lanes(total[h] * exp2_fast(largest[h] - above));
+        above[h] = max_of_four_lanes(largest[h]);
+        sum[h] = sum_of_four_lanes(total[h] * exp2_fast(largest[h] - above[h]));
+        if (pair == 1 && lane % 4 == 0) sh.less[0][r + 8 * h] = above[h], sh.less[1][r + 8 * h] = sum[h];
+    }
+    sync_threads<WORKERS>(1);
+    if (pair == 1 || lane % 4) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float other = sh.less[0][r + 8 * h], both = fmaxf(above[h], other);
+        float all = sum[h] * exp2_fast(above[h] - both) + sh.less[1][r + 8 * h] * exp2_fast(other - both);
         int probe = block * TILE + r + 8 * h;
-        if (lane % 4 == 0 && probe < p.P)
-            p.lse[((i64)(b * p.Hq + head) * p.splits + split) * p.P + probe] = sum > 0 ? above + log2f(sum) : -infinity();
+        if (probe < p.P)
+            p.lse[((i64)(b * p.Hq + head) * p.splits + split) * p.P + probe] = all > 0 ? both + log2f(all) : -infinity();
     }
 }
 
 // --- sums of the columns -------------------------------------------------------------------------------------------
 
-// Minus the log-sum-exp of the probes of a head, over all splits; minus infinity, hence weights of 0, where none is.
-__device__ __forceinline__ void merge_splits(const Params& p, float* less, int b, int head, int block) {
-    int thread = threadIdx.x, probe = block * TILE + thread;
-    if (thread >= TILE) return;
+// Minus the log-sum-exp of a probe of a head, over all splits; minus infinity, hence weights of 0, where none is.
+__device__ __forceinline__ float merge_splits(const Params& p, int b, int head, int probe) {
+    if (probe >= p.P) return -infinity();
+    const float* lse = p.lse + (i64)(b * p.Hq + head) * p.splits * p.P + probe;
     float above = -3e38f, total = 0;
-    if (probe < p.P) {
-        const float* lse = p.lse + (i64)(b * p.Hq + head) * p.splits * p.P + probe;
 #pragma unroll 8
-        for (int i = 0; i < p.splits; ++i) above = fmaxf(above, lse[(i64)i * p.P]);
+    for (int i = 0; i < p.splits; ++i) above = fmaxf(above, lse[(i64)i * p.P]);
 #pragma unroll 8
-        for (int i = 0; i < p.splits; ++i) total += exp2_fast(lse[(i64)i * p.P] - above);
-    }
-    less[thread] = total > 0 ? -above - log2f(total) : -infinity();
+    for (int i = 0; i < p.splits; ++i) total += exp2_fast(lse[(i64)i * p.P] - above);
+    return total > 0 ? -above - log2f(total) : -infinity();
 }
 
 // Sums of a thread's two rows (keys) over the probes that see them, added to `sums` by the first of its four lanes.
@@ -233,7 +243,13 @@ __device__ __forceinline__ void add_weights(const float (&s)[64], const float* l
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) column_sums(const __grid_constant__ Params p) {
+// Where a part's sums are, [N].
+__device__ __forceinline__ float* sums_of(const Params& p, int set, int part) {
+    if (part < 2) return (part ? p.normalized : p.accumulated) + (i64)set * p.N;
+    return p.partial + ((i64)set * (p.parts - 2) + part - 2) * p.N;
+}
+
+extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) column_sums(const __grid_constant__ Params p) {
     extern __shared__ char raw[];
     u32 base = shared_address(raw), pad = (1024 - base % 1024) % 1024;
     base += pad;
@@ -241,64 +257,59 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) column_sums(const 
 
     int t = gridDim.x - 1 - blockIdx.x;  // backwards: what the first launch read last is still in L2
     int place = t % p.spans, part = t / p.spans % p.parts, g = t / p.spans / p.parts % p.G, b = t / p.spans / p.parts / p.G;
-    int blocks = (p.P + TILE - 1) / TILE, heads = p.Hq / p.G;
+    int blocks = (p.P + TILE - 1) / TILE, heads = p.Hq / p.G, set = b * p.G + g;
     int from = g * heads + part * heads / p.parts, to = g * heads + (part + 1) * heads / p.parts;
     int last = prepare(p, sh, b, 0, blocks * TILE);
     int begin = max(place * p.span, first_column(p, b)), end = min((place + 1) * p.span, last + 1);
+    int items = begin < end ? (to - from) * blocks : 0, tiles = (end - begin + TILE - 1) / TILE;
 
     int thread = threadIdx.x, lane = thread % 32;
-    u32 count = 0;
-    for (int i = thread; i < p.span; i += blockDim.x) sh.sums[i] = 0;
-    __syncthreads();
-    if (begin < end) {
-        if (thread >= WORKERS) {
-            if (lane == 0)
-                for (int i = from * blocks; i < to * blocks; ++i) serve_keys(p, sh, base + K_AT, begin, end, i / blocks / p.shared, b, count);
-        } else {
-            int half = thread / 128, r = thread / 32 * 16 + lane / 4;
-            float s[64];
-            gather_queries(p, sh.at, b, from, base + Q_AT);
-            after_previous_kernel();  // that is `row_sums`: queries and keys are older
-            merge_splits(p, sh.less[from * blocks % 2], b, from, 0);
-            for (int i = from * blocks; i < to * blocks; ++i) {
-                const int* at = sh.at + i % blocks * TILE;
-                queries_ready();
-                for (int j = begin; j < end; j += TILE) {
-                    multiply_next(s, sh, base + K_AT, base + Q_AT, half, true, count);
-                    if (j + TILE >= end && i + 1 < to * blocks) {  // the next queries come under the last exponentials
-                        sync_threads<WORKERS>(2);                  // nobody reads these any more
-                        gather_queries(p, sh.at + (i + 1) % blocks * TILE, b, (i + 1) / blocks, base + Q_AT);
-                        merge_splits(p, sh.less[(i + 1) % 2], b, (i + 1) / blocks, (i + 1) % blocks);
-                    }
-                    add_weights(s, sh.less[i % 2], at, j + r, p.scale, sh.sums + j - begin + r);
-                    __syncwarp();
-                }
+    if (thread >= WORKERS) {
+        u32 loaded = 0;
+        if (lane == 0)
+            for (int i = 0; i < items; ++i) serve_keys(p, sh, base + K_AT, begin, end, (from + i / blocks) / p.shared, b, loaded);
+    } else if (items) {
+        gather_queries(p, sh.at, b, from, base + Q_AT);
+        for (int i = thread; i < tiles * TILE; i += WORKERS) sh.sums[i] = 0;
+        after_previous_kernel();  // that is `row_sums`: queries and keys are older
+        for (int i = thread / TILE; i < items; i += WORKERS / TILE)
+            sh.less[i][thread % TILE] = merge_splits(p, b, from + i / blocks, i % blocks * TILE + thread % TILE);
+        int pair = thread / PAIR, half = thread / 128 % 2, r = thread % PAIR / 32 * 16 + lane / 4;
+        float s[64];
+        for (int i = 0; i < items; ++i) {
+            queries_ready();  // and nobody reads those before them any more
+            if (i + 1 < items)
+                gather_queries(p, sh.at + (i + 1) % blocks * TILE, b, from + (i + 1) / blocks, base + Q_AT + (i + 1) % 2 * TILE_BYTES);
+            for (int tile = (pair + i * tiles) % 2; tile < tiles; tile += 2) {
+                multiply_tile(s, sh, base + K_AT, base + Q_AT + i % 2 * TILE_BYTES, half, true, i * tiles + tile);
+                int row = tile * TILE + r;
+                add_weights(s, sh.less[i], sh.at + i % blocks * TILE, begin + row, p.scale, sh.sums + row);
+                __syncwarp();
             }
         }
     }
     __syncthreads();
     after_previous_kernel();
     next_kernel_may_start();
-    float* mine = p.partial + ((i64)(b * p.G + g) * p.parts + part) * p.N;
+    float* mine = sums_of(p, set, part);
     for (int i = begin + thread; i < end; i += blockDim.x) mine[i] = sh.sums[i - begin];
 
     __threadfence();
     __syncthreads();
-    if (thread == 0) sh.finishes = atomicAdd(p.arrived + (b * p.G + g) * p.spans + place, 1) == p.parts - 1;
+    if (thread == 0) sh.finishes = atomicAdd(p.arrived + set * p.spans + place, 1) == p.parts - 1;
     __syncthreads();
     if (!sh.finishes) return;
     __threadfence();
-    const float* found = p.partial + (i64)(b * p.G + g) * p.parts * p.N;
     for (int column = place * p.span + thread; column < min((place + 1) * p.span, p.N); column += blockDim.x) {
         float total = 0;
         int seen = 0;  // how many probes see this column
         if (column >= begin && column < end) {
 #pragma unroll 4
-            for (int i = 0; i < p.parts; ++i) total += __ldcg(found + (i64)i * p.N + column);
+            for (int i = 0; i < p.parts; ++i) total += __ldcg(sums_of(p, set, i) + column);
 #pragma unroll 8
             for (int i = 0; i < p.P; ++i) seen += column <= sh.at[i];
         }
-        p.accumulated[(i64)(b * p.G + g) * p.N + column] = total;
-        p.normalized[(i64)(b * p.G + g) * p.N + column] = total / (float)(max(seen, 1) * heads);
+        p.accumulated[(i64)set * p.N + column] = total;
+        p.normalized[(i64)set * p.N + column] = total / (float)(max(seen, 1) * heads);
     }
 }

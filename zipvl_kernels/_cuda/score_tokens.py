@@ -12,15 +12,16 @@ from zipvl_kernels._cuda import common
 from zipvl_kernels._cuda.tensor_map import lacks as no_copies
 from zipvl_kernels._cuda.tensor_map import tensor_map
 
-THREADS = 288
+THREADS = 544
 TILE = 128  # probes, and columns
-STAGES = {64: 4, 128: 2}  # tiles of K in shared memory
+HEAD_DIMS = (64, 128)
 MAX_PROBES = 512
-AT_ONCE = 264  # blocks that run at a time, two a multiprocessor of an H100 or H200
-ROW_BYTES = 24  # a column, at most, for the log-sum-exps of all probes, heads and splits
-MAX_SPLITS = 32
-MAX_PARTS = 8  # of a group's heads: each takes 4 bytes a column
-MAX_SPAN = 16  # tiles
+MAX_ITEMS = 32  # tiles of probes, over the heads of a block
+MAX_SPAN = 16  # tiles of columns of a block
+AT_ONCE = 132  # blocks that run at a time, one a multiprocessor of an H100 or H200
+# Scratch of a column stays at 56 bytes, where that leaves enough blocks: the log-sum-exps of all probes, heads and
+# splits; and 4 for every part of a group's heads, less those for which the outputs serve.
+ROW_BYTES, MAX_PARTS, MAX_SPLITS = 24, 10, 32
 _ADDRESSES, _NUMBERS = struct.Struct("=128s10Q"), struct.Struct("=5q12if20x")
 
 
@@ -38,7 +39,7 @@ def lacks(
     """What keeps this kernel from these arguments, "" where nothing does."""
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
-    if q.shape[3] not in STAGES:
+    if q.shape[3] not in HEAD_DIMS:
         return f"q: expected a head dim of 64 or 128, got shape {list(q.shape)}"
     if scale is not None and scale < 0:
         return f"scale: expected at least 0, got {scale!r}"
@@ -145,38 +146,41 @@ def _plan(
         parts,
         (D**-0.5 if scale is None else scale) * math.log2(math.e) or 1e-30,  # times -inf, 0 would be NaN
     )
-    shared = 1024 + (1 + STAGES[D]) * TILE * D * 2 + 12288  # alignment, queries and K, the rest
+    shared = 1024 + 6 * TILE * D * 2 + 28672  # alignment, two tiles of queries and four of K, the rest
     blocks = B * Hq * -(-P // TILE) * splits, B * G * parts * spans
-    sizes = B * Hq * splits * P, B * G * parts * N, B * G * spans
+    sizes = B * Hq * splits * P, B * G * max(0, parts - 2) * N, B * G * spans
     return _kernels(device, D, half, shared), blocks, sizes, shared, numbers
 
 
 @cache
 def plan(N: int, P: int, Hq: int, G: int) -> tuple[int, int, int]:
-    """Tiles of columns of a block in each launch, and shares of a group's heads: the fewest steps until all are done.
+    """Tiles of columns of a block in each launch, and parts of a group's heads: the fewest steps until all are done.
 
-    Of the shape of one sequence alone, so that its bits do not depend on the batch.
+    Of the shape of one sequence alone, so that its bits do not depend on the batch. A step is two tiles.
     """
     tiles, blocks, heads = -(-N // TILE), -(-P // TILE), Hq // G
     most_splits = max(1, min(MAX_SPLITS, ROW_BYTES * N // (4 * Hq * P)))
-    each = [-(-tiles // splits) for splits in range(1, most_splits + 1)]
+    row_tiles = {-(-tiles // splits) for splits in range(1, most_splits + 1)}
 
-    def row_steps(row_tiles: int) -> int:
-        return -(-Hq * blocks * -(-tiles // row_tiles) // AT_ONCE) * (row_tiles + 2)
+    def row_steps(row_tiles: int) -> float:
+        rounds = -(-Hq * blocks * -(-tiles // row_tiles) // AT_ONCE)
+        return rounds * (2 + -(-row_tiles // 2))
 
-    def column_steps(share: tuple[int, int]) -> int:
+    def column_steps(share: tuple[int, int]) -> float:
         column_tiles, parts = share
         rounds = -(-G * parts * -(-tiles // column_tiles) // AT_ONCE)
-        return rounds * (2 + -(-heads // parts) * blocks * (column_tiles + 1))
+        return rounds * (4 + -(-heads // parts) * blocks * (column_tiles / 2 + 0.3))
 
-    shares = [(t, parts) for parts in range(1, min(heads, MAX_PARTS) + 1) for t in range(1, MAX_SPAN + 1)]
-    return min(each, key=row_steps), *min(shares, key=column_steps)
+    least = -(-heads * blocks // MAX_ITEMS)
+    parts = range(min(least, heads), min(heads, max(least, MAX_PARTS)) + 1)
+    shares = [(t, part) for part in parts for t in range(2, MAX_SPAN + 1, 2)]
+    return min(sorted(row_tiles), key=row_steps), *min(shares, key=column_steps)
 
 
 @cache
 def _kernels(device: torch.device, D: int, half: bool, shared: int) -> tuple[Function, Function]:
     """The two kernels, compiled and loaded on `device`."""
-    module = common.load_module("score_tokens", "sm_90a", device, HEAD_DIM=D, HALF=int(half), STAGES=STAGES[D])
+    module = common.load_module("score_tokens", "sm_90a", device, HEAD_DIM=D, HALF=int(half))
     row_sums, column_sums = module.get_function("row_sums"), module.get_function("column_sums")
     common.allow_shared(row_sums, device, shared)
     common.allow_shared(column_sums, device, shared)
