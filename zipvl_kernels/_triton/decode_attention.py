@@ -14,7 +14,7 @@ from zipvl_kernels._triton import common
 from zipvl_kernels._triton.common import interpreting
 
 MAX_HEAD_DIM = 256
-SPLIT = 256  # rows of the cache
+SPLIT = 512  # rows of the cache
 
 
 def tiles(dtype: torch.dtype, D: int) -> tuple[int, int, int]:

@@ -129,7 +129,7 @@ def tables() -> Iterator[Table]:
             "decode_attention",
             named(names, lambda m, D: (m.SPLIT, *m.tiles(half, D)), "triton", "decode_attention"),
             _by_name(
-                names, (256, 64, 4, 4), (256, 128, 4, 2), (256, 32, 2, 4), (512, 64, 4, 3), (1024, 64, 4, 3),
+                names, (256, 64, 4, 3), (256, 128, 4, 2), (256, 32, 2, 4), (512, 64, 4, 4), (1024, 64, 4, 3),
                 (512, 128, 4, 3), (128, 64, 4, 2),
             ),
         )  # fmt: skip
