@@ -1,7 +1,12 @@
 """`score_tokens`: the property check, examples, errors, registration."""
 
 import importlib
+import shutil
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -42,6 +47,73 @@ def test_contract_triton_over_several_tiles():
         return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, 16, 16, 4, 1, 12, 6)
 
     check_score_tokens(fn, device=DEVICE, derandomize=True, max_examples=15)
+
+
+HOPPER = zk.backends()["cuda"] == "available" and torch.cuda.get_device_capability() == (9, 0)
+hopper = pytest.mark.skipif(not HOPPER, reason="needs CuPy and a GPU of compute capability 9.0")
+
+
+@hopper
+@pytest.mark.parametrize("max_tokens", [48, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_contract_cuda(dtype, max_tokens):
+    """By "auto", which leaves rows that are not aligned to Triton."""
+    check_score_tokens(
+        zk.score_tokens, device="cuda", dtype=dtype, derandomize=True, head_dims=(64, 128), max_tokens=max_tokens
+    )
+
+
+@hopper
+@pytest.mark.parametrize("shares", [(1, 2, 1), (3, 2, 2), (2, 16, 3), (5, 4, 12)])
+def test_contract_cuda_however_the_work_is_shared(shares):
+    launch = importlib.import_module("zipvl_kernels._cuda.score_tokens").launch
+    random = torch.Generator("cuda").manual_seed(0)
+    q, k = (torch.randn(2, H, 700, 64, device="cuda", generator=random).bfloat16() for H in (12, 4))
+    rows = torch.stack([zk.probe_rows(700, num_recent=n, num_random=200 - n, device="cuda") for n in (64, 3)])
+    given = rows, 0.2, None, torch.tensor([0, 130], dtype=torch.int32, device="cuda"), None
+    got = launch(q, k, *given, "layer", shares)
+    wanted = zipvl_reference.score_tokens(q.double(), k.double(), rows, scale=0.2, leftpad_k=given[3])
+    for x, y in zip(got, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+@pytest.fixture
+def plan():
+    """How the Hopper kernels share the work; over no CuPy."""
+    names = ("cupy", "cupy.cuda", "cupy.cuda.function")
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):
+        yield importlib.import_module("zipvl_kernels._cuda.score_tokens")
+
+
+@pytest.mark.parametrize("N", [1, 127, 300, 2880, 8192, 32768, 131072, 1 << 20])
+@pytest.mark.parametrize("P", [1, 128, 300, 512])
+@pytest.mark.parametrize(("Hq", "G"), [(1, 1), (28, 1), (28, 4), (40, 1), (40, 40), (128, 1), (256, 1)])
+def test_hopper_shares_cover_all_and_fit(plan, Hq, G, P, N):
+    row_tiles, column_tiles, parts = plan.plan(N, P, Hq, G)
+    tiles, blocks, heads = -(-N // 128), -(-P // 128), Hq // G
+    assert 1 <= row_tiles <= tiles
+    assert 1 <= column_tiles <= plan.MAX_SPAN
+    assert 1 <= parts <= heads
+    assert -(-heads // parts) * blocks <= plan.MAX_ITEMS
+    if N >= 2880 and G == 1 and heads * blocks <= 160 and P * Hq <= 5120:
+        splits = -(-tiles // row_tiles)
+        assert 8 + 4 * max(0, parts - 2) + 4 * Hq * P * splits / N <= 64  # bytes a token
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("D", "half"), [(128, 0), (64, 1)])
+def test_hopper_kernels_compile(tmp_path, D, half):
+    """For one block a multiprocessor, and without a warning, which is how ptxas says that it made tensor cores wait."""
+    source = Path(zk.__file__).parent / "_cuda" / "score_tokens.cu"
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
+    macros = [f"-DHEAD_DIM={D}", f"-DHALF={half}"]
+    done = subprocess.run(["nvcc", *target, *macros, source], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "warning" not in said
+    spilled = [int(line.split("bytes stack frame, ")[1].split()[0]) for line in said.splitlines() if "spill" in line]
+    assert len(spilled) == 2
+    assert max(spilled) <= 12, said  # outside the loops
 
 
 def test_contract_over_several_tiles(monkeypatch):

@@ -82,7 +82,7 @@ __device__ int prepare(const Params& p, Shared& sh, int b, int from, int count) 
     __syncthreads();
 #pragma unroll
     for (int i = 0; i <= WORKERS / 32; ++i) last = max(last, sh.last[i]);
-    return last;
+    return __shfl_sync(~0u, last, 0);  // lets the compiler know that it is the same in all lanes
 }
 
 // The queries of TILE probes into swizzled shared memory, zeros for a probe that sees nothing; by all workers.
@@ -176,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) row_sums(const __g
         return;
     }
     gather_queries(p, sh.at, b, head, base + Q_AT);
-    int pair = thread / PAIR, half = thread / 128 % 2, r = thread % PAIR / 32 * 16 + lane / 4;
+    int group = __shfl_sync(~0u, thread / 128, 0), pair = group / 2, half = group % 2, r = thread % PAIR / 32 * 16 + lane / 4;
     int limit[2] = {min(sh.at[r], end - 1), min(sh.at[r + 8], end - 1)};
     float s[64], largest[2] = {-3e38f, -3e38f}, total[2] = {0, 0};  // of a thread's own columns; finite where none is seen
     queries_ready();
@@ -274,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) column_sums(const 
         after_previous_kernel();  // that is `row_sums`: queries and keys are older
         for (int i = thread / TILE; i < items; i += WORKERS / TILE)
             sh.less[i][thread % TILE] = merge_splits(p, b, from + i / blocks, i % blocks * TILE + thread % TILE);
-        int pair = thread / PAIR, half = thread / 128 % 2, r = thread % PAIR / 32 * 16 + lane / 4;
+        int group = __shfl_sync(~0u, thread / 128, 0), pair = group / 2, half = group % 2, r = thread % PAIR / 32 * 16 + lane / 4;
         float s[64];
         for (int i = 0; i < items; ++i) {
             queries_ready();  // and nobody reads those before them any more

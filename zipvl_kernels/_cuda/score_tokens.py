@@ -171,8 +171,8 @@ def plan(N: int, P: int, Hq: int, G: int) -> tuple[int, int, int]:
         rounds = -(-G * parts * -(-tiles // column_tiles) // AT_ONCE)
         return rounds * (4 + -(-heads // parts) * blocks * (column_tiles / 2 + 0.3))
 
-    least = -(-heads * blocks // MAX_ITEMS)
-    parts = range(min(least, heads), min(heads, max(least, MAX_PARTS)) + 1)
+    least = -(-heads // (MAX_ITEMS // blocks))
+    parts = range(least, min(heads, max(least, MAX_PARTS)) + 1)
     shares = [(t, part) for part in parts for t in range(2, MAX_SPAN + 1, 2)]
     return min(sorted(row_tiles), key=row_steps), *min(shares, key=column_steps)
 
