@@ -1,4 +1,4 @@
-"""`decode_attention` in CUDA C for Hopper: fp16 and bf16, head dims 64 and 128, few rows a KV head. The .cu says how."""
+"""`decode_attention` in CUDA C for Hopper: fp16, bf16, head dims 64 and 128, few rows a KV head. The .cu says how."""
 
 import math
 import struct
