@@ -84,6 +84,7 @@ def main(arguments):
         folder.mkdir(parents=True, exist_ok=True)
         record = {
             "command": "make gpu-check",
+            "examples": int(os.environ.get("ZIPVL_GPU_EXAMPLES", "12")),
             "device": where,
             "gpu": environment()["gpu"],
             "versions": versions() | {"backends": zk.backends()},
