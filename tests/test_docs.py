@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = ("README.md", "docs/operators.md")
+RUN = ("README.md", "docs/operators.md", "docs/integration.md")
 COMPILE_ONLY = "<!-- compile only -->"
 FENCE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")

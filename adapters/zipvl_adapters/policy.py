@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 import zipvl_kernels as zk
+from zipvl_adapters import ranks
 from zipvl_adapters.dense import append_and_attend
 
 if TYPE_CHECKING:
@@ -161,7 +163,9 @@ class ZipVLPolicy(Policy):
         return out.transpose(1, 2).contiguous()
 
     def _first(self, layer: ZipVLLayer, step: Step, keep_recent: int) -> Tensor:
-        """Prefill of an empty layer: the operator as it is."""
+        """Prefill of an empty layer: the operator as it is, or its steps where other ranks have heads to score from."""
+        if self._group(step) is not None:
+            return self._first_over_ranks(layer, step, keep_recent)
         out, indices, counts = zk.zipvl_prefill_(
             step.q,
             step.k,
@@ -178,6 +182,19 @@ class ZipVLPolicy(Policy):
             seqused_k=step.padding.seqused if step.padding else None,
             pool=self.pool,
         )
+        layer.note(step, indices, counts, self._scored(layer, step))
+        layer.fill(step.k, step.v, indices, counts)
+        return out
+
+    def _first_over_ranks(self, layer: ZipVLLayer, step: Step, keep_recent: int) -> Tensor:
+        rows = self.probe_rows(step.q.shape[2], layer.index, step.q.device)
+        valid = {"leftpad_k": step.padding.leftpad, "seqused_k": step.padding.seqused} if step.padding else {}
+        accumulated, normalized = self._score(step, step.q, step.k, rows, **valid)
+        indices, counts = self._select(
+            accumulated, normalized, keep_first=self.keep_first, keep_recent=keep_recent, **valid
+        )
+        zk.compact_kv_(step.k, step.v, indices, counts)
+        out = zk.sparse_attention(step.q, step.k, step.v, indices, counts, scale=step.scale, kv_compacted=True)
         layer.note(step, indices, counts, self._scored(layer, step))
         layer.fill(step.k, step.v, indices, counts)
         return out
@@ -202,11 +219,11 @@ class ZipVLPolicy(Policy):
             )
             for held, new in ((layer.keys, k), (layer.values, v))
         )
-        accumulated, normalized = zk.score_tokens(
+        accumulated, normalized = self._score(
+            step,
             q,
             K,
             self.probe_rows(n, layer.index, device),
-            scale=step.scale,
             q_start=past,
             leftpad_k=leftpad,
             seqused_k=past + (n if seqused is None else seqused),
@@ -234,6 +251,17 @@ class ZipVLPolicy(Policy):
 
     def _scored(self, layer: ZipVLLayer, step: Step) -> Callable[[], Tensor]:
         return partial(self.probe_rows, step.q.shape[2], layer.index)
+
+    def _group(self, step: Step) -> ProcessGroup | None:
+        """The ranks whose scores are summed; None where this process has all heads that share a set."""
+        return None if self.pool == "kv_head" else ranks.group_of(step.module, step.q)
+
+    def _score(self, step: Step, q: Tensor, k: Tensor, rows: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
+        """Scores `[B, 1, N]` of each sequence over all of its heads, also those of other ranks that share its set."""
+        group = self._group(step)
+        if group is None:
+            return zk.score_tokens(q, k, rows, scale=step.scale, **where)
+        return ranks.score_tokens(group, q, k, rows, scale=step.scale, **where)
 
     def _select(
         self,
@@ -271,9 +299,8 @@ class ZipVLPolicy(Policy):
         rows = at[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         K, V = keys.gather(2, rows), values.gather(2, rows)
         newest = torch.zeros(1, dtype=torch.int32, device=keys.device)
-        accumulated, normalized = zk.score_tokens(
-            fold(step.q[:, :, -1:], G), K, newest, scale=step.scale, q_start=length - 1, seqused_k=length
-        )
+        q = fold(step.q[:, :, -1:], G)
+        accumulated, normalized = self._score(step, q, K, newest, q_start=length - 1, seqused_k=length)
         indices, counts = self._select(
             accumulated, normalized, keep_first=0, keep_recent=self.keep_recent, seqused_k=length
         )

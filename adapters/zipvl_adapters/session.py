@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
+from zipvl_adapters import ranks
 from zipvl_adapters.attention import ATTENTION
 from zipvl_adapters.cache import ZipVLCache
 from zipvl_adapters.families import check_model
@@ -26,11 +27,26 @@ def enable(model: PreTrainedModel) -> None:
     With any other cache, and without one, it stays dense and computes what it did before; vision towers stay as they
     are. `model.set_attn_implementation("sdpa")` undoes it. Raises ValueError for a model that is not supported.
     """
+    _set_attention(model)
+    if ranks.checking():
+        model.register_forward_pre_hook(_compare_ranks, with_kwargs=True)
+
+
+def _set_attention(model: PreTrainedModel) -> None:
     text = check_model(model)
-    if text is model.config:
-        model.set_attn_implementation(ATTENTION)
-    else:
-        model.set_attn_implementation({"text_config": ATTENTION})
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    ranks.check_heads(decoder, text)
+    model.set_attn_implementation(ATTENTION if text is model.config else {"text_config": ATTENTION})
+
+
+def _compare_ranks(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    policy = cache.policy if isinstance(cache, ZipVLCache) else None
+    ranks.compare(model.get_decoder(), policy, _named(args, kwargs))
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {f"argument {i}": x for i, x in enumerate(args)} | kwargs
 
 
 @contextmanager
@@ -55,7 +71,7 @@ def attach(model: PreTrainedModel, policy: Policy | None = None) -> Iterator[Ses
         _attached.add(decoder)
         undo.callback(_attached.discard, decoder)
         undo.callback(_restore, _attention_settings(model))
-        enable(model)
+        _set_attention(model)
         for module, hook in ((model, session.before_model), (decoder, session.before_decoder)):
             undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for handle in policy.hooks(decoder):
@@ -78,8 +94,10 @@ class Session:
             raise RuntimeError("stats: nothing has run under this attach() yet; call model.generate() inside the block")
         return self.cache.stats
 
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes how many rows the caller will read: more than one are drafts that a decoder verifies."""
+        if ranks.checking():
+            ranks.compare(module.get_decoder(), self.policy, _named(args, kwargs))
         rows = kwargs.get("logits_to_keep", 0)
         self._rows = rows if isinstance(rows, int) else 1
 

@@ -36,10 +36,30 @@ def score_tokens(
         probes = q[b].index_select(1, row.clamp(0, M - 1))
         sees_up_to = torch.where(valid, at, -1)
         a, nnz = _column_sums(probes, k[b], sees_up_to, first, scale)
-        a = a.view(-1, heads // (Hq // Hkv), N).sum(1)
+        a = sum_heads(a.view(-1, heads // (Hq // Hkv), N))
         accumulated[b] = a
         normalized[b] = torch.where(nnz > 0, a / (heads * nnz), 0)
     return accumulated, normalized
+
+
+def sum_heads(x: Tensor) -> Tensor:
+    """Sum over the heads of `[..., H, N]`: neighbours first, then their sums.
+
+    The order depends on `H` alone, and not on how the heads are split over ranks: see `add_neighbours`.
+    """
+    while x.shape[-2] > 1:
+        x = add_neighbours(x)
+    return x[..., 0, :]
+
+
+def add_neighbours(x: Tensor) -> Tensor:
+    """`[..., H, N]` as `[..., ceil(H / 2), N]`: heads 0 and 1, 2 and 3, ...; a last one without neighbour stays.
+
+    Ranks with an even number of heads each may do this before they exchange them: no pair lies across two ranks.
+    """
+    paired = x.shape[-2] // 2 * 2
+    sums = x[..., 0:paired:2, :] + x[..., 1:paired:2, :]
+    return torch.cat([sums, x[..., paired:, :]], -2) if paired < x.shape[-2] else sums
 
 
 def _column_sums(

@@ -1,0 +1,129 @@
+"""Tensor parallel by transformers' own plan: all ranks keep what one process keeps, bit for bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensor_parallel_ranks import BATCHES, CASES, FAMILIES, POLICIES, model_of, observe, odd_model, prompts
+
+RANKS = 2
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each of two gloo ranks on the CPU, started by torchrun, saw."""
+    return run(tmp_path_factory.mktemp("ranks"), {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def run(folder, environment):
+    for family in FAMILIES:
+        model_of(family).model.save_pretrained(folder / family)
+    odd_model().save_pretrained(folder / "odd")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    paths = [str(HERE), *sys.path]  # what this process imports from
+    done = subprocess.run(
+        [*torchrun, str(HERE / "tensor_parallel_ranks.py"), str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"a rank failed:\n{done.stdout}{done.stderr}"
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {family: model_of(family) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_equal_one_process(results, models, family, batch, policy):
+    kind = models[family]
+    assert_equal(observe(kind.model, prompts(kind, batch), policy), [r[family, batch, policy] for r in results])
+
+
+def assert_equal(one, each):
+    """Tokens, kept indices, counts, positions and rows held."""
+    for name in ("tokens", "second"):
+        assert all(rank[name] is one[name] is None or torch.equal(rank[name], one[name]) for rank in each), name
+    for i, layers in enumerate(zip(one["layers"], *(rank["layers"] for rank in each), strict=True)):
+        whole, *parts = layers
+        assert {part["heads"] for part in parts} == {whole["heads"] // RANKS}
+        per_head = "counts" in whole and whole["counts"].shape[1] > 1  # then a rank holds as much as its heads need
+        for name in ("rows", "used"):
+            assert max(part[name] for part in parts) == whole[name], f"layer {i}: {name}"
+            assert per_head or len({part[name] for part in parts}) == 1, f"layer {i}: {name}"
+        assert all(part.keys() == whole.keys() for part in parts)
+        for name in whole.keys() - {"rows", "used", "heads"}:
+            shared = whole[name].shape[1] == 1
+            for rank, part in enumerate(parts):
+                expected = whole[name] if shared else whole[name].chunk(RANKS, 1)[rank]
+                n = min(part[name].shape[-1], expected.shape[-1])
+                assert torch.equal(part[name][..., :n], expected[..., :n]), f"layer {i}, rank {rank}: {name}"
+
+
+def test_something_was_dropped_and_every_case_ran(results):
+    for rank in results:
+        for case in CASES:
+            for layer in rank[case]["layers"]:
+                if case[2] != "dense":
+                    assert (layer["counts"] < layer["indices"].shape[-1]).any()
+
+
+def test_scores_are_those_of_one_process_bit_for_bit(results):
+    """The operator on given queries and keys: 2 to 40 KV heads, ragged, with a past."""
+    for rank in results:
+        assert len(rank["scores"]) == 14
+        for case in rank["scores"]:
+            for one, all_ranks in zip(case["one"], case["all"], strict=True):
+                assert torch.equal(one, all_ranks)
+
+
+def test_heads_that_do_not_divide_among_the_ranks_are_refused(results):
+    told = "model: expected a number of ranks that divides its 3 key/value heads, got 2"
+    assert all(rank["odd"] == [told, told] for rank in results)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        ("seed", "policy.seed"),
+        ("tau", "policy.tau"),
+        ("prompt", "input_ids"),
+        ("length", "input_ids"),
+        ("sampling", "input_ids"),
+        ("enable", "policy.seed"),
+    ],
+)
+def test_ranks_that_differ_are_named_under_zipvl_check(results, fault, name):
+    for rank in results:
+        told = rank["faults"][fault]
+        assert told.startswith(f"{name}: expected the same on all ranks"), told
+        assert "rank 1 and rank 0 differ" in told
+
+
+def test_ranks_that_do_not_differ_pass_the_check(results):
+    assert all(rank["faults"]["nothing"] == "" for rank in results)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
+def test_two_gpus_equal_one(tmp_path):
+    """The same code over NCCL. Scores may differ from one GPU's in their last bits; no decision here hangs on those."""
+    results = run(tmp_path, {})
+    for family in FAMILIES:
+        kind = model_of(family)
+        kind.model.cuda()
+        for case in CASES:
+            if case[0] == family:
+                assert_equal(observe(kind.model, prompts(kind, case[1]), case[2]), [r[case] for r in results])
+    for case, other in zip(*(rank["scores"] for rank in results), strict=True):
+        for x, y, one in zip(case["all"], other["all"], case["one"], strict=True):
+            assert torch.equal(x, y)  # between ranks every bit counts
+            torch.testing.assert_close(x, one, rtol=1e-5, atol=1e-6)
