@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._triton import common
-from zipvl_kernels._triton.common import interpreting
+from zipvl_kernels._triton.common import interpreting, shared_kilobytes
 
 MAX_HEAD_DIM = 256
 SPLIT = 512  # rows of the cache
@@ -60,6 +60,8 @@ def launch(
     (B, Hq, M, D), Hkv, N, page = q.shape, k.shape[1], k.shape[2], 0
     if block_table is not None:
         N, page = N * block_table.shape[1], N
+        if shared_kilobytes(q.device) > 64:
+            num_stages += 2  # page numbers come ahead of the rows; with these, as many tiles are in flight as without
     if D > MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
