@@ -111,6 +111,16 @@ def selection(indices: Tensor, counts: Tensor, k: Tensor, *, any_width: bool = F
     int32("counts", counts, k.device, (B, indices.shape[1]), meaning="[B, G]")
 
 
+def paged_selection(indices: Tensor, counts: Tensor, B: int, Hkv: int, device: torch.device) -> int:
+    """`indices [B, G, W]` and `counts [B, G]` with `G` = 1 or `Hkv`, any `W`; returns `G`."""
+    _tensor("indices", indices)
+    W = indices.shape[-1] if indices.dim() else 0
+    int32("indices", indices, device, (B, 1, W), (B, Hkv, W), meaning="[B, G, W] with G = 1 or Hkv")
+    G = indices.shape[1]
+    int32("counts", counts, device, (B, G), meaning="[B, G]")
+    return G
+
+
 def scores(accumulated: Tensor, normalized: Tensor) -> None:
     """Two fp32 `[B, G, N]` of one shape and device."""
     for name, x in (("accumulated", accumulated), ("normalized", normalized)):
