@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from zipvl_kernels import _validate
+from zipvl_kernels import _checking, _validate
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -83,6 +83,8 @@ def _compact_paged_kv_(
     first_writable: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if _checking.enabled():
+        _checking.compaction(k_cache, indices, counts, block_table, seqused_k, layout, first_writable)
     lengths_and_freed: tuple[Tensor, Tensor] = resolve("compact_paged_kv_", backend, k_cache.device.type)(
         k_cache, v_cache, indices, counts, block_table, seqused_k, layout=layout, first_writable=first_writable
     )

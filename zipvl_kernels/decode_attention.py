@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _validate
+from zipvl_kernels import _checking, _validate
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -60,7 +60,8 @@ def decode_attention(
         scale: of the scores, default `D ** -0.5`.
         return_lse: also return the log-sum-exp of the scores, to merge partial results.
         block_table: int32 `[B, max_blocks]`: row `j` of sequence `b` is row `j % block_size` of page
-            `block_table[b, j // block_size]`. Entries past the used rows are not read into the result.
+            `block_table[b, j // block_size]`. Entries past the used rows are not read into the result. With
+            `ZIPVL_CHECK=1` in the environment the others are checked on the host first.
         layout: of the pools, "NHD" `[num_blocks, block_size, Hkv, D]` or "HND" `[num_blocks, Hkv, block_size, D]`.
         backend: "auto", "reference", "triton" or "cuda".
 
@@ -114,6 +115,8 @@ def _decode_attention(
     block_table: Tensor | None = None,
     layout: str = "NHD",
 ) -> Tensor:
+    if block_table is not None and _checking.enabled():
+        _checking.pages(block_table, seqused_k, k, layout)
     implementation = resolve("decode_attention", backend, q.device.type)
     out: Tensor = implementation(q, k, v, seqused_k, scale=scale, block_table=block_table, layout=layout)
     return out
@@ -130,6 +133,8 @@ def _decode_attention_lse(
     block_table: Tensor | None = None,
     layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
+    if block_table is not None and _checking.enabled():
+        _checking.pages(block_table, seqused_k, k, layout)
     implementation = resolve("decode_attention", backend, q.device.type)
     both: tuple[Tensor, Tensor] = implementation(
         q, k, v, seqused_k, scale=scale, return_lse=True, block_table=block_table, layout=layout
