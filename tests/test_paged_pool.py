@@ -214,14 +214,14 @@ class TritonEngine(Engine):
     backend = "triton"
 
 
-def run(machine, examples, steps):
+def run(machine, examples, steps, phases=tuple(hypothesis.Phase)):
     settings = hypothesis.settings(
         max_examples=examples,
         stateful_step_count=steps,
         derandomize=True,
         deadline=None,
         database=None,
-        report_multiple_bugs=False,
+        phases=phases,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     with mock.patch.dict(os.environ, ZIPVL_CHECK="1"):
@@ -247,4 +247,4 @@ def test_catches_a_page_freed_too_early(monkeypatch):
 
     monkeypatch.setattr(zk, "compact_paged_kv_", frees_too_many)
     with pytest.raises(AssertionError):
-        run(Engine, examples=30, steps=20)
+        run(Engine, examples=30, steps=20, phases=[hypothesis.Phase.generate])  # no search for the smallest
