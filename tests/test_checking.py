@@ -57,7 +57,7 @@ def test_what_is_right_passes(checked, layout):
 
 # What is wrong, and how it is named.
 PAGES = [
-    ({"block_table": ints([6, 7, 3], [6, 5, 9])}, r"block_table: sequence 0 .*pool of 7 pages: .*\[0, 1\] is page 7"),
+    ({"block_table": ints([6, 7, 3], [6, 5, 9])}, r"block_table: sequence 0 .*pool of 7: .*\[0, 1\] is page 7"),
     (
         {"block_table": ints([6, 0, -1], [6, 5, 9])},
         r"block_table: sequence 0 of length 9 needs a page for .* 8 on.*free",

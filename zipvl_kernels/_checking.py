@@ -35,7 +35,7 @@ def pages(block_table: Tensor, seqused_k: Tensor, pool: Tensor, layout: str) -> 
                     f"and {where}, which is none: was a page of the pool free when it grew?"
                 )
             if page >= num_blocks:
-                raise ValueError(f"block_table: sequence {b} is not in the pool of {num_blocks} pages: {where}")
+                raise ValueError(f"block_table: sequence {b} has a page outside of the pool of {num_blocks}: {where}")
             if mine.setdefault(page, i) < i:
                 raise ValueError(f"block_table: sequence {b} has a page twice: {where}, and so is entry {mine[page]}")
         used.append(list(mine))
