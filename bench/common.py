@@ -4,21 +4,23 @@ Every problem is checked on its very inputs before anything is timed; input sets
 in L2 when its turn comes. Without a GPU the problems are small, and the times say little.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from zipvl_adapters.cli import problems
+from zipvl_adapters.cli import paged_problems, problems
 from zipvl_adapters.cli.problems import Geometry, Problem
 from zipvl_adapters.cli.timing import Call
 
 import zipvl_kernels as zk
 
+Table = dict[str, Callable[[Geometry, int], list[Problem]]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GEOMETRIES = problems.GEOMETRIES if DEVICE == "cuda" else (Geometry("small", 8, 2, (768, 2880), 64),)
 if DEVICE == "cpu":
     problems.DEVICE, problems.DTYPE = "cpu", torch.float32
-    problems.sets_of = lambda num_bytes: 2
+    problems.sets_of = paged_problems.sets_of = lambda num_bytes: 2
 
 
 def shapes(operator: str) -> Any:
@@ -32,18 +34,22 @@ def shapes(operator: str) -> Any:
     return pytest.mark.parametrize(("geometry", "N", "place"), cases)
 
 
-def ours(benchmark: Any, operator: str, geometry: Geometry, N: int, place: int) -> None:
+def ours(
+    benchmark: Any, operator: str, geometry: Geometry, N: int, place: int, table: Table = problems.PROBLEMS
+) -> None:
     """Check, then time, what "auto" takes."""
-    problem, fn = problems.PROBLEMS[operator](geometry, N)[place], getattr(zk, operator)
+    problem, fn = table[operator](geometry, N)[place], getattr(zk, operator)
     problem.check(fn)
     timed(benchmark, problem, problem.call(fn))
 
 
-def baseline(benchmark: Any, name: str, operator: str, geometry: Geometry, N: int, place: int) -> None:
+def baseline(
+    benchmark: Any, name: str, operator: str, geometry: Geometry, N: int, place: int, table: Table = problems.PROBLEMS
+) -> None:
     """Time what the operator is compared with."""
     if name == problems.CUDNN and DEVICE == "cpu":
         pytest.skip("cuDNN needs a GPU")
-    problem = problems.PROBLEMS[operator](geometry, N)[place]
+    problem = table[operator](geometry, N)[place]
     timed(benchmark, problem, problem.baselines[name])
 
 

@@ -91,6 +91,19 @@ def compact_kv_(fn, dtype, D):
     yield "from a start", lambda: fn(k, v, ints(1, 1, 2880), ints(1, 1), dst_start=ints(1))
 
 
+def pools(dtype, D, page, layout="NHD", Hkv=4):
+    """Keys and values of a cache of 4096 pages, the halves of one buffer."""
+    rows = (page, Hkv) if layout == "NHD" else (Hkv, page)
+    return torch.empty(2, 4096, *rows, D, dtype=dtype, device="meta").unbind()
+
+
+def compact_paged_kv_(fn, dtype, D):
+    arguments = ints(8, 1, 2880), ints(8, 1), ints(8, 180), ints(8)
+    yield "", lambda: fn(*pools(dtype, D, 16), *arguments)
+    yield "shared", lambda: fn(*pools(dtype, D, 16), *arguments, first_writable=ints(8))
+    yield "rows", lambda: fn(*pools(dtype, D, 1, "HND"), *arguments, layout="HND")
+
+
 def sparse_attention(fn, dtype, D):
     q, k, v = qkv(dtype, D)
     yield "compacted", lambda: fn(q, k, v, ints(1, 1, 2880), ints(1, 1), kv_compacted=True)
@@ -103,14 +116,21 @@ def decode_attention(fn, dtype, D):
         q, k, v = qkv(dtype, D, M=1, N=32768, B=B)
         yield f"batch {B}", lambda x=(q, k, v), B=B: fn(*x, ints(B), return_lse=B > 1)
     q, k, v = qkv(dtype, D, M=16, N=2880, Hq=8, Hkv=8)
-    yield "16 rows", lambda: fn(q, k, v, ints(1))
+    yield "16 rows", lambda x=(q, k, v): fn(*x, ints(1))
+    for page, layout in ((16, "NHD"), (64, "HND")):
+        q, *_ = qkv(dtype, D, M=1, B=8)
+        k, v = pools(dtype, D, page, layout)
+        yield (
+            f"pages of {page}",
+            lambda x=(q, k, v), n=2880 // page, layout=layout: fn(*x, ints(8), block_table=ints(8, n), layout=layout),
+        )
 
 
 def probe_rows(fn, dtype, D):
     yield "", lambda: fn(2880, device="meta")
 
 
-CALLS = (score_tokens, select_tokens, compact_kv_, sparse_attention, decode_attention, probe_rows)
+CALLS = (score_tokens, select_tokens, compact_kv_, compact_paged_kv_, sparse_attention, decode_attention, probe_rows)
 
 
 def shapes(operator, target, everything):

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from test_cli import refused
 from typer.testing import CliRunner
-from zipvl_adapters.cli import app, problems, speeds, tune
+from zipvl_adapters.cli import app, paged_problems, problems, speeds, tune
 from zipvl_adapters.cli.bench import check_against
 from zipvl_adapters.cli.tables import print_table
 
@@ -60,13 +60,17 @@ def test_against_takes_the_operator_from_the_name_of_the_function(tmp_path, monk
 def on_cpu(monkeypatch):
     """Problems whose tensors are on the CPU, with two input sets."""
     monkeypatch.setattr(problems, "DEVICE", "cpu")
-    monkeypatch.setattr(problems, "sets_of", lambda num_bytes: 2)
+    for module in (problems, paged_problems):
+        monkeypatch.setattr(module, "sets_of", lambda num_bytes: 2)
 
 
-@pytest.mark.parametrize("operator", problems.PROBLEMS)
-def test_checks_before_timing(operator, on_cpu):
+@pytest.mark.parametrize(
+    ("table", "operator"),
+    [(table, name) for table in (problems.PROBLEMS, paged_problems.PAGED_PROBLEMS) for name in table],
+)
+def test_checks_before_timing(table, operator, on_cpu):
     fn = getattr(zk, operator)
-    for problem in problems.PROBLEMS[operator](TINY, 96):
+    for problem in table[operator](TINY, 96):
         problem.check(fn)
         for name, baseline in {"ours": problem.call(fn), **problem.baselines}.items():
             if name != problems.CUDNN:

@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from zipvl_kernels._backends import backends
 from zipvl_kernels.compact_kv import compact_kv_
+from zipvl_kernels.compact_paged_kv import compact_paged_kv_
 from zipvl_kernels.decode_attention import decode_attention
 from zipvl_kernels.probe_rows import probe_rows
 from zipvl_kernels.score_tokens import score_tokens
@@ -39,6 +40,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 __all__ = [
     "backends",
     "compact_kv_",
+    "compact_paged_kv_",
     "decode_attention",
     "probe_rows",
     "score_tokens",

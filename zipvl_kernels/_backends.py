@@ -22,6 +22,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "score_tokens": ("cuda", "triton"),
     "select_tokens": ("cuda", "triton"),
     "compact_kv_": ("cuda", "triton"),
+    "compact_paged_kv_": ("triton",),
     "sparse_attention": ("cuda", "triton"),
     "decode_attention": ("triton",),
 }

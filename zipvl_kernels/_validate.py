@@ -7,6 +7,7 @@ from torch import Tensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DECODE_ROWS = 16
+LAYOUTS = {"NHD": "[num_blocks, block_size, Hkv, D]", "HND": "[num_blocks, Hkv, block_size, D]"}
 
 
 def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
@@ -28,11 +29,46 @@ def pair(k: Tensor, v: Tensor) -> None:
     _same_as_k(v, k)
 
 
-def own_memory(k: Tensor, v: Tensor) -> None:
-    """`k` and `v` that are to be written: two buffers, neither broadcast."""
+def layout(x: str) -> None:
+    """ "NHD" or "HND"."""
+    if x not in LAYOUTS:
+        raise ValueError(f"layout: expected 'NHD' or 'HND', got {x!r}")
+
+
+def pools(k: Tensor, v: Tensor, layout: str, *, q: Tensor | None = None, suffix: str = "") -> int:
+    """Two pools of pages, arguments `k` and `v` with `suffix`, that fit `q [B, Hq, M, D]` if given; returns `Hkv`."""
+    name, shape = f"k{suffix}", LAYOUTS[layout]
+    if q is None:
+        _heads(name, k, name, k, shape)
+    else:
+        _heads("q", q, "q", q)
+        _heads(name, k, "q", q, shape)
+    if 0 in k.shape:
+        raise ValueError(f"{name}: expected {shape} of at least one block, row and head, got shape {_shape(k)}")
+    _same_as_k(v, k, suffix, shape)
+    Hkv = k.shape[2 if layout == "NHD" else 1]
+    if q is not None and (k.shape[3] != q.shape[3] or q.shape[1] % Hkv):
+        raise ValueError(
+            f"{name}: expected {shape} with D = {q.shape[3]} as in q and a number of heads that divides the "
+            f"{q.shape[1]} heads of q, got shape {_shape(k)}"
+        )
+    return Hkv
+
+
+def block_table(x: Tensor, device: torch.device, B: int | None = None) -> int:
+    """int32 `[B, max_blocks]`, for any number of sequences where `B` is None; returns `B`."""
+    _tensor("block_table", x)
+    height, width = tuple(x.shape) if x.dim() == 2 else (0, 0)
+    B = height if B is None else B
+    int32("block_table", x, device, (B, width), meaning="[B, max_blocks]")
+    return B
+
+
+def own_memory(k: Tensor, v: Tensor, suffix: str = "") -> None:
+    """Arguments `k` and `v` with `suffix` that are to be written: two buffers, neither broadcast."""
     if k is v:
-        raise ValueError("v: expected a buffer of its own, got the same tensor as k")
-    for name, x in (("k", k), ("v", v)):
+        raise ValueError(f"v{suffix}: expected a buffer of its own, got the same tensor as k{suffix}")
+    for name, x in ((f"k{suffix}", k), (f"v{suffix}", v)):
         if 0 in x.stride() and any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(
                 f"{name}: expected memory of its own for every row, since it is written in place, "
@@ -73,6 +109,16 @@ def selection(indices: Tensor, counts: Tensor, k: Tensor, *, any_width: bool = F
     N = indices.shape[-1] if any_width and indices.dim() else k.shape[2]
     int32("indices", indices, k.device, (B, 1, N), (B, Hkv, N), meaning="[B, G, N] with G = 1 or Hkv")
     int32("counts", counts, k.device, (B, indices.shape[1]), meaning="[B, G]")
+
+
+def paged_selection(indices: Tensor, counts: Tensor, B: int, Hkv: int, device: torch.device) -> int:
+    """`indices [B, G, W]` and `counts [B, G]` with `G` = 1 or `Hkv`, any `W`; returns `G`."""
+    _tensor("indices", indices)
+    W = indices.shape[-1] if indices.dim() else 0
+    int32("indices", indices, device, (B, 1, W), (B, Hkv, W), meaning="[B, G, W] with G = 1 or Hkv")
+    G = indices.shape[1]
+    int32("counts", counts, device, (B, G), meaning="[B, G]")
+    return G
 
 
 def scores(accumulated: Tensor, normalized: Tensor) -> None:
@@ -153,12 +199,12 @@ def decode_rows(q: Tensor) -> None:
         raise ValueError(f"q: expected at most {MAX_DECODE_ROWS} query rows (M), got shape {_shape(q)}")
 
 
-def _heads(name: str, x: Tensor, other: str, like: Tensor) -> None:
+def _heads(name: str, x: Tensor, other: str, like: Tensor, wanted: str = "[batch, heads, rows, head dim]") -> None:
     """A float tensor of rank 4 with a contiguous last dim, and dtype and device of `like`, which is named `other`."""
     _tensor(name, x)
     shape, dtype = x.shape, x.dtype
     if len(shape) != 4:
-        raise ValueError(f"{name}: expected [batch, heads, rows, head dim], got shape {_shape(x)}")
+        raise ValueError(f"{name}: expected {wanted}, got shape {_shape(x)}")
     if dtype not in _FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {dtype}")
     if dtype != like.dtype:
@@ -171,10 +217,10 @@ def _heads(name: str, x: Tensor, other: str, like: Tensor) -> None:
         raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()} for shape {_shape(x)}")
 
 
-def _same_as_k(v: Tensor, k: Tensor) -> None:
-    _heads("v", v, "k", k)
+def _same_as_k(v: Tensor, k: Tensor, suffix: str = "", wanted: str = "[batch, heads, rows, head dim]") -> None:
+    _heads(f"v{suffix}", v, f"k{suffix}", k, wanted)
     if v.shape != k.shape:
-        raise ValueError(f"v: expected the shape of k, {_shape(k)}, got {_shape(v)}")
+        raise ValueError(f"v{suffix}: expected the shape of k{suffix}, {_shape(k)}, got {_shape(v)}")
 
 
 def _tensor(name: str, x: object) -> None:

@@ -5,6 +5,7 @@ One file an operator; names and signatures are those of `zipvl_kernels`, which d
 """
 
 from zipvl_reference.compact_kv import compact_kv_
+from zipvl_reference.compact_paged_kv import compact_paged_kv_
 from zipvl_reference.decode_attention import decode_attention
 from zipvl_reference.probe_rows import probe_rows
 from zipvl_reference.score_tokens import score_tokens
@@ -14,6 +15,7 @@ from zipvl_reference.zipvl_prefill import zipvl_prefill_
 
 __all__ = [
     "compact_kv_",
+    "compact_paged_kv_",
     "decode_attention",
     "probe_rows",
     "score_tokens",

@@ -63,6 +63,14 @@ def _watched() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
+def shared_kilobytes(device: torch.device) -> int:
+    """How much shared memory a block may have."""
+    if device.type != "cuda":
+        return 227
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)) // 1024
+
+
 def pieces(n: int, size: int) -> int:
     """How many pieces of `size` cover `n`. (Triton's `cdiv` takes a microsecond on the host.)"""
     return -(-n // size)

@@ -67,6 +67,30 @@ def _below(columns, stride, count, column, steps):  # type: ignore[no-untyped-de
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def wait_for_readers(columns, stride, count, begin, steps, read, tile, chain, chains, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Say that this tile has been read; wait for those that read rows `[begin, begin + ROWS)`, which it overwrites."""
+    tl.debug_barrier()  # all threads have read before the flag says so
+    tl.atomic_xchg(read + tile * chains + chain, 1, sem="release")
+    low = _below(columns, stride, count, begin, steps)
+    high = _below(columns, stride, count, begin + ROWS, steps)
+    for other in range(low // ROWS, tl.minimum((high + ROWS - 1) // ROWS, tile)):
+        flag = read + other * chains + chain
+        while tl.atomic_add(flag, 0, sem="acquire") == 0:
+            pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def finish(counters, programs):  # type: ignore[no-untyped-def]
+    """The last program puts the counters back."""
+    tl.debug_barrier()
+    if tl.atomic_add(counters + 1, 1, sem="acq_rel") == programs - 1:
+        for first in range(0, programs + 2, 1024):
+            at = first + tl.arange(0, 1024)
+            tl.store(counters + at, tl.zeros([1024], tl.int32), mask=at < programs + 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     k,  # [B, Hkv, N, D]
     v,  # [B, Hkv, N, D]
@@ -119,24 +143,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         row = source.to(tl.int64)[:, None]
         K = tl.load(keys + row * k_n, mask=mask)  # [R, D]
         V = tl.load(values + row * v_n, mask=mask)
-        tl.debug_barrier()  # all threads have read before the flag says so
-        read = counters + 2
-        tl.atomic_xchg(read + ticket, 1, sem="release")
-
-        low = _below(columns, indices_n, count, begin, steps)
-        high = _below(columns, indices_n, count, begin + ROWS, steps)
-        for other in range(low // ROWS, tl.minimum((high + ROWS - 1) // ROWS, tile)):
-            flag = read + other * chains + chain
-            while tl.atomic_add(flag, 0, sem="acquire") == 0:
-                pass
-        tl.debug_barrier()
+        wait_for_readers(columns, indices_n, count, begin, steps, counters + 2, tile, chain, chains, ROWS)
         row = (begin + i).to(tl.int64)[:, None]
         tl.store(keys + row * k_n, K, mask=mask)
         tl.store(values + row * v_n, V, mask=mask)
-
-    # The last one puts the counters back.
-    tl.debug_barrier()
-    if tl.atomic_add(counters + 1, 1, sem="acq_rel") == programs - 1:
-        for first in range(0, programs + 2, 1024):
-            at = first + tl.arange(0, 1024)
-            tl.store(counters + at, tl.zeros([1024], tl.int32), mask=at < programs + 2)
+    finish(counters, programs)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._triton import common
-from zipvl_kernels._triton.common import interpreting
+from zipvl_kernels._triton.common import interpreting, shared_kilobytes
 
 MAX_HEAD_DIM = 256
 SPLIT = 512  # rows of the cache
@@ -32,16 +32,20 @@ def decode_attention(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    block_table: Tensor | None = None,  # int32 [B, max_blocks]
+    layout: str = "NHD",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention, the last query row at the last used row, as `q`; log-sum-exp of the scores, `[B, Hq, M]`."""
+    if block_table is not None and layout == "NHD":
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
     config = tiles(q.dtype, q.shape[3])
-    out, lse = launch(q, k, v, seqused_k, scale, return_lse, SPLIT, *config)
+    out, lse = launch(q, k, v, seqused_k, scale, return_lse, SPLIT, *config, block_table)
     return out if lse is None else (out, lse)
 
 
 def launch(
     q: Tensor,
-    k: Tensor,
+    k: Tensor,  # with a block table [num_blocks, Hkv, block_size, D]
     v: Tensor,
     seqused_k: Tensor,
     scale: float | None,
@@ -50,9 +54,14 @@ def launch(
     block_n: int,
     num_warps: int,
     num_stages: int,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The operator with splits and tiles of a given size."""
-    (B, Hq, M, D), Hkv, N = q.shape, k.shape[1], k.shape[2]
+    (B, Hq, M, D), Hkv, N, page = q.shape, k.shape[1], k.shape[2], 0
+    if block_table is not None:
+        N, page = N * block_table.shape[1], N
+        if shared_kilobytes(q.device) > 64:
+            num_stages += 2  # page numbers come ahead of the rows; with these, as many tiles are in flight as without
     if D > MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -69,25 +78,28 @@ def launch(
     common.launch(
         _split,
         (splits * parts, Hkv, B),
-        (q, k, v, seqused_k, partial, found),
+        (q, k, v, seqused_k, block_table, partial, found),
         (
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             seqused_k.stride(0),
             per_head,
+            *((0, 0) if block_table is None else block_table.stride()),
             (D**-0.5 if scale is None else scale) * math.log2(math.e),
             M,
             N,
             rows,
             splits,
             parts,
+            k.shape[0],
         ),
         D=D,
         BLOCK_D=block_d,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         SPLIT=split,
+        PAGE=page,
         UPCAST=interpreting(),
         num_warps=num_warps,
         num_stages=num_stages,
@@ -109,9 +121,10 @@ def launch(
 @triton.jit  # type: ignore[untyped-decorator]
 def _split(  # type: ignore[no-untyped-def]
     q,  # [B, Hq, M, D]
-    k,  # [B, Hkv, N, D]
-    v,  # [B, Hkv, N, D]
+    k,  # [B, Hkv, N, D], or [num_blocks, Hkv, PAGE, D]
+    v,
     seqused_k,  # [B] or [B, Hkv]
+    block_table,  # [B, N / PAGE] or None
     partial,  # [B, Hkv, splits, rows, D]: weighted values
     found,  # [B, Hkv, 2, splits, rows]: largest scores, and sums of weights
     q_b,
@@ -125,17 +138,21 @@ def _split(  # type: ignore[no-untyped-def]
     v_n,
     used_b,
     used_h,
+    table_b,
+    table_n,
     scale,  # in powers of two
     M,
     N,
     rows,
     splits,
     parts,  # of the rows
+    num_blocks,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    PAGE: tl.constexpr,  # rows of a page; 0: there are no pages
     UPCAST: tl.constexpr,
 ):
     split = tl.program_id(0) // parts
@@ -152,16 +169,28 @@ def _split(  # type: ignore[no-untyped-def]
     if UPCAST:
         Q = Q.to(tl.float32)
     at = used - M + r % M  # the row of the cache that each query row stands at
-    k += b * k_b + h.to(tl.int64) * k_h
-    v += b * v_b + h.to(tl.int64) * v_h
+    k += h.to(tl.int64) * k_h
+    v += h.to(tl.int64) * v_h
+    if PAGE == 0:
+        k += b * k_b
+        v += b * v_b
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
     for begin in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, used), BLOCK_N):
         j = begin + tl.arange(0, BLOCK_N)  # [N]
-        wide = j.to(tl.int64)
-        K = tl.load(k + wide[None, :] * k_n + d[:, None], mask=(j < used) & (d < D)[:, None], other=0)  # [D, N]
-        V = tl.load(v + wide[:, None] * v_n + d, mask=(j < used)[:, None] & (d < D), other=0)  # [N, D]
+        if PAGE == 0:
+            wide = j.to(tl.int64)
+            k_at = wide * k_n
+            v_at = wide * v_n
+        else:
+            page = tl.load(block_table + b * table_b + (j // PAGE).to(tl.int64) * table_n, mask=j < used, other=0)
+            page = tl.minimum(tl.maximum(page, 0), num_blocks - 1).to(tl.int64)  # reads nothing outside of the pool
+            wide = (j % PAGE).to(tl.int64)
+            k_at = page * k_b + wide * k_n
+            v_at = page * v_b + wide * v_n
+        K = tl.load(k + k_at[None, :] + d[:, None], mask=(j < used) & (d < D)[:, None], other=0)  # [D, N]
+        V = tl.load(v + v_at[:, None] + d, mask=(j < used)[:, None] & (d < D), other=0)  # [N, D]
         if UPCAST:
             K, V = K.to(tl.float32), V.to(tl.float32)
         scores = tl.dot(Q, K, input_precision="ieee") * scale  # [M, N]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._triton import common
-from zipvl_kernels._triton.common import dense, interpreting
+from zipvl_kernels._triton.common import dense, interpreting, shared_kilobytes
 
 MAX_HEAD_DIM = 256
 ZERO_ROWS, ZERO_HEADS = 64, 8  # rows outside the set are cleared in blocks of so many, for so many heads
@@ -36,14 +36,6 @@ def tiles(dtype: torch.dtype, D: int, kilobytes: int) -> tuple[int, int, int, in
 
 
 @cache
-def shared_kilobytes(device: torch.device) -> int:
-    """How much shared memory a block may have."""
-    if device.type != "cuda":
-        return 227
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)) // 1024
-
-
 def sparse_attention(
     q: Tensor,  # [B, Hq, M, D]
     k: Tensor,  # [B, Hkv, N, D]

@@ -10,13 +10,15 @@ operator less `backend` (use `functools.partial` to fix one). Common to all of t
 - `device`, `dtype`: of the tensors handed to `fn`.
 - `max_examples`: how many examples are drawn. `derandomize=True` draws the same ones at every run.
 - `head_dims`, `max_tokens`, where there: the head dims to draw from and the longest sequence.
+- `block_sizes`, where there: the rows of a page to draw from.
 
 Index outputs and moved rows have to be exact. Float outputs may be off by twice the error of the plain PyTorch
 computation in the same dtype, plus what one rounding can change; see `zipvl_reference.testing.budget`.
 """
 
 from zipvl_reference.testing.compact_kv import check_compact_kv
-from zipvl_reference.testing.decode_attention import check_decode_attention
+from zipvl_reference.testing.compact_paged_kv import check_compact_paged_kv
+from zipvl_reference.testing.decode_attention import check_decode_attention, check_paged_decode_attention
 from zipvl_reference.testing.probe_rows import check_probe_rows
 from zipvl_reference.testing.score_tokens import check_score_tokens
 from zipvl_reference.testing.select_tokens import check_select_tokens
@@ -25,7 +27,9 @@ from zipvl_reference.testing.zipvl_prefill import check_zipvl_prefill
 
 __all__ = [
     "check_compact_kv",
+    "check_compact_paged_kv",
     "check_decode_attention",
+    "check_paged_decode_attention",
     "check_probe_rows",
     "check_score_tokens",
     "check_select_tokens",
