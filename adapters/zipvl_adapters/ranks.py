@@ -7,7 +7,6 @@ plain tensors with its heads alone. Everything but a score summed over all heads
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,11 +94,6 @@ def check_heads(decoder: nn.Module, text: PreTrainedConfig) -> None:
 
 
 # -- ZIPVL_CHECK=1: do all ranks run the same? ------------------------------------------------------------------------
-
-
-def checking() -> bool:
-    """Whether ranks are to be compared, on the host, before every forward pass: `ZIPVL_CHECK=1`, on all ranks."""
-    return os.environ.get("ZIPVL_CHECK", "0") not in ("", "0")
 
 
 def compare(decoder: nn.Module, policy: Policy | None, inputs: Mapping[str, Any]) -> None:

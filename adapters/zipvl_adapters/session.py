@@ -17,6 +17,7 @@ from zipvl_adapters.cache import ZipVLCache
 from zipvl_adapters.families import check_model
 from zipvl_adapters.policy import Policy, ZipVLPolicy
 from zipvl_adapters.stats import Stats
+from zipvl_kernels._checking import enabled as checking
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -28,7 +29,7 @@ def enable(model: PreTrainedModel) -> None:
     are. `model.set_attn_implementation("sdpa")` undoes it. Raises ValueError for a model that is not supported.
     """
     _set_attention(model)
-    if ranks.checking():
+    if checking():
         model.register_forward_pre_hook(_compare_ranks, with_kwargs=True)
 
 
@@ -96,7 +97,7 @@ class Session:
 
     def before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes how many rows the caller will read: more than one are drafts that a decoder verifies."""
-        if ranks.checking():
+        if checking():
             ranks.compare(module.get_decoder(), self.policy, _named(args, kwargs))
         rows = kwargs.get("logits_to_keep", 0)
         self._rows = rows if isinstance(rows, int) else 1
