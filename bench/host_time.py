@@ -36,6 +36,8 @@ def calls() -> Calls:
     scores = zk.score_tokens(q, k, rows)
     indices, counts = zk.select_tokens(*scores, tau=0.975)
     used = torch.full((1,), N, dtype=torch.int32, device="cuda")
+    pools = torch.randn(2, N // 16, 16, Hkv, D, device="cuda", dtype=torch.bfloat16).unbind()
+    table = torch.randperm(N // 16, device="cuda").int()[None]
     # In place, again and again: what is compacted holds other tokens each time, which changes nothing on the host.
     return {
         "zipvl_prefill_": lambda: zk.zipvl_prefill_(q, k, v, keep_ratio=0.367),
@@ -45,6 +47,8 @@ def calls() -> Calls:
         "compact_kv_": lambda: zk.compact_kv_(k, v, indices, counts),
         "sparse_attention": lambda: zk.sparse_attention(q, k, v, indices, counts, kv_compacted=True),
         "decode_attention": lambda: zk.decode_attention(q[:, :, -1:], k, v, used),
+        "compact_paged_kv_": lambda: zk.compact_paged_kv_(*pools, indices, counts, table, used),
+        "decode_attention over pages": lambda: zk.decode_attention(q[:, :, -1:], *pools, used, block_table=table),
         "torch.empty": lambda: torch.empty(1, 1, N, dtype=torch.int32, device="cuda"),
         "torch.zeros": lambda: torch.zeros(1, 1, N, dtype=torch.int32, device="cuda"),
     }

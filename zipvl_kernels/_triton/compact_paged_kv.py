@@ -35,6 +35,7 @@ def compact_paged_kv_(
     capacity = block_table.shape[1] * page
     tiles = max(1, common.pieces(min(W, capacity), ROWS))  # one for the lengths, at least
     programs = tiles * B * Hkv
+    row_bytes = common.power_of_2(D) * k_cache.element_size()
     common.launch(
         _kernel,
         (programs,),
@@ -71,7 +72,7 @@ def compact_paged_kv_(
         BLOCK_D=common.power_of_2(D),
         ROWS=ROWS,
         PAGE=page,
-        num_warps=4,
+        num_warps=min(16, max(4, row_bytes // 64)),  # a thread's part of a tile fits its registers
     )
     return seqused, freed
 

@@ -60,8 +60,8 @@ def launch(
     (B, Hq, M, D), Hkv, N, page = q.shape, k.shape[1], k.shape[2], 0
     if block_table is not None:
         N, page = N * block_table.shape[1], N
-        if shared_kilobytes(q.device) > 64:
-            num_stages += 2  # page numbers come ahead of the rows; with these, as many tiles are in flight as without
+        # Page numbers come ahead of the rows: with two more stages, as many tiles are in flight as without pages.
+        num_stages = num_stages + 2 if shared_kilobytes(q.device) > 64 else 1
     if D > MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
