@@ -49,18 +49,23 @@ def prompts(kind: Any, batch: str) -> dict[str, Any]:
 
 
 def observe(model: Any, inputs: dict[str, Any], policy: str) -> dict[str, Any]:
-    """Tokens, and each layer's kept set, cache sizes and positions, of two turns of a greedy conversation."""
-    from zipvl_adapters import ZipVLPolicy, attach
+    """Tokens, and each layer's kept set, cache sizes and positions, of two turns; tokens with a static cache."""
+    from zipvl_adapters import ZipVLPolicy, ZipVLStaticCache, attach
 
     inputs = {name: x.to(model.device) for name, x in inputs.items()}
-    with attach(model, ZipVLPolicy(**SPARSE | POLICIES[policy])) as session:
+    rule = ZipVLPolicy(**SPARSE | POLICIES[policy])
+    with attach(model, rule) as session:
+        static = None
+        if not rule.keeps_all:
+            cache = ZipVLStaticCache(rule, model.config, GREEDY["max_new_tokens"])
+            static = model.generate(**inputs, **cache.generate_arguments(), do_sample=False).cpu()
         first = model.generate(**inputs, **GREEDY)
         seen = [_layer(layer) for layer in session.cache.layers]
         second = None
         if "mm_token_type_ids" not in inputs:
             second, again = _second_turn(model, inputs, first, session.cache)
             seen += again
-    return {"tokens": first.cpu(), "second": second, "layers": seen}
+    return {"tokens": first.cpu(), "second": second, "static": static, "layers": seen}
 
 
 def _second_turn(model: Any, inputs: dict[str, Any], first: Any, cache: Any) -> tuple[Any, list[dict[str, Any]]]:

@@ -51,8 +51,9 @@ def test_ranks_equal_one_process(results, models, family, batch, policy):
 
 def assert_equal(one, each):
     """Tokens, kept indices, counts, positions and rows held."""
-    for name in ("tokens", "second"):
+    for name in ("tokens", "second", "static"):
         assert all(rank[name] is one[name] is None or torch.equal(rank[name], one[name]) for rank in each), name
+    assert one["static"] is None or torch.equal(one["static"], one["tokens"])
     for i, layers in enumerate(zip(one["layers"], *(rank["layers"] for rank in each), strict=True)):
         whole, *parts = layers
         assert {part["heads"] for part in parts} == {whole["heads"] // RANKS}
