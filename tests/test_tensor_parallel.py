@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensor_parallel_ranks import BATCHES, CASES, FAMILIES, POLICIES, model_of, observe, odd_model, prompts
+from zipvl_adapters.ranks import group_of
 
 RANKS = 2
 HERE = Path(__file__).resolve().parent
@@ -128,3 +130,12 @@ def test_two_gpus_equal_one(tmp_path):
         for x, y, one in zip(case["all"], other["all"], case["one"], strict=True):
             assert torch.equal(x, y)  # between ranks every bit counts
             torch.testing.assert_close(x, one, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_split_in_another_way_are_refused():
+    """Quantised weights, say, are plain tensors, which do not tell the ranks they are split over."""
+    attention = torch.nn.Module()
+    attention.config, attention.q_proj = SimpleNamespace(num_attention_heads=8), torch.nn.Linear(4, 4)
+    assert group_of(attention, torch.zeros(1, 8, 3, 4)) is None
+    with pytest.raises(RuntimeError, match=r"q_proj\.weight: expected a DTensor, .* 4 of 8 query heads"):
+        group_of(attention, torch.zeros(1, 4, 3, 4))

@@ -28,7 +28,8 @@ def group_of(module: Any, q: Tensor) -> dist.ProcessGroup | None:
 
     q: `[B, Hq, n, D]`, with the query heads of this rank. Raises RuntimeError for heads split in a way unknown here.
     """
-    heads = module.config.num_attention_heads
+    config = getattr(module, "config", None)  # none where a policy runs outside of a model
+    heads = q.shape[1] if config is None else config.num_attention_heads
     if q.shape[1] == heads:
         return None
     group = _group_of_weight(module)
@@ -99,9 +100,9 @@ def check_heads(decoder: nn.Module, text: PreTrainedConfig) -> None:
 def compare(decoder: nn.Module, policy: Policy | None, inputs: Mapping[str, Any]) -> None:
     """Raises ValueError, on all ranks, where their policies or the tensors among their `inputs` differ.
 
-    Nothing without tensor parallelism. Waits for the device and for the other ranks.
+    Nothing without tensor parallelism, nor within a compiled graph. Waits for the device and for the other ranks.
     """
-    group = _group_of_decoder(decoder)
+    group = None if torch.compiler.is_compiling() else _group_of_decoder(decoder)
     if group is None:
         return
     mine = _facts_of(policy) | {name: _digest(x) for name, x in inputs.items() if isinstance(x, Tensor)}
