@@ -13,6 +13,7 @@ from zipvl_adapters.cache import ZipVLCache, ZipVLLayer
 from zipvl_adapters.policy import Step, ZipVLPolicy
 
 ROUND = 256  # rows that a capacity is a multiple of: prompts that keep about as many tokens share a compiled graph
+NO_DRAFTS = "past_key_values: a ZipVLStaticCache cannot verify drafts; use a ZipVLCache"
 
 
 class ZipVLStaticLayer(ZipVLLayer):
@@ -115,7 +116,7 @@ class ZipVLStaticLayer(ZipVLLayer):
 
     def activate_past_recording(self) -> None:
         """Not supported."""
-        raise NotImplementedError("past_key_values: a ZipVLStaticCache cannot verify drafts; use a ZipVLCache")
+        raise NotImplementedError(NO_DRAFTS)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not supported."""
@@ -163,6 +164,10 @@ class ZipVLStaticCache(ZipVLCache):
 
     def freeze(self) -> None:
         """All layers take on one capacity. Raises ValueError where a layer holds padding, because of a mask."""
+        if any(
+            layer.is_empty for layer in self.layers
+        ):  # older transformers ask about drafts before the prompt has run
+            raise NotImplementedError(NO_DRAFTS)
         if any(layer.lens is None for layer in self.layers):
             raise ValueError(
                 "attention_mask: a ZipVLStaticCache takes padding masks without holes; use a ZipVLCache for others"
