@@ -164,9 +164,7 @@ class ZipVLStaticCache(ZipVLCache):
 
     def freeze(self) -> None:
         """All layers take on one capacity. Raises ValueError where a layer holds padding, because of a mask."""
-        if any(
-            layer.is_empty for layer in self.layers
-        ):  # older transformers ask about drafts before the prompt has run
+        if any(layer.is_empty for layer in self.layers):  # older transformers ask about drafts before the prompt
             raise NotImplementedError(NO_DRAFTS)
         if any(layer.lens is None for layer in self.layers):
             raise ValueError(
