@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from zipvl_adapters.loading import LoadError, load
     from zipvl_adapters.policy import Policy, ZipVLPolicy
     from zipvl_adapters.session import Session, attach, enable
+    from zipvl_adapters.static import ZipVLStaticCache
     from zipvl_adapters.stats import LayerStats, Stats
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Stats",
     "ZipVLCache",
     "ZipVLPolicy",
+    "ZipVLStaticCache",
     "attach",
     "enable",
     "load",
@@ -37,6 +39,7 @@ _HOME = {
     "Stats": "stats",
     "ZipVLCache": "cache",
     "ZipVLPolicy": "policy",
+    "ZipVLStaticCache": "static",
     "attach": "session",
     "enable": "session",
     "load": "loading",

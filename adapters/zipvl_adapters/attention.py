@@ -32,6 +32,8 @@ def zipvl_mask(
 
     A prefill with padding reads the mask on the host once, as stock transformers does.
     """
+    if mask_function is causal_mask_function and isinstance(q_offset, Tensor) and kv_length == q_length == 1:
+        return None  # a step of a ZipVLStaticCache: padding is not in it, and what is in it the token sees
     static = isinstance(q_offset, Tensor) or q_offset + q_length != kv_length
     if mask_function is causal_mask_function and not static:
         if attention_mask is None:
@@ -101,7 +103,7 @@ def _attend(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, layer: ZipVLLayer
 ) -> Tensor:
     """The policy's prefill or decode; dense where a 4-D mask or a draft asks for it."""
-    n, past = q.shape[2], layer.seen
+    n, past = q.shape[2], layer.has_past
     layer.begin(module, n)
     prefill = n > 1 or not past
     step = Step(module, q, k, v, mask, _padding(mask, n) if prefill else None, scale)

@@ -89,6 +89,11 @@ class ZipVLLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.keys is None
 
     @property
+    def has_past(self) -> bool:
+        """Tokens came before."""
+        return self.seen > 0
+
+    @property
     def is_complete(self) -> bool:
         """Every column is stored, padding too."""
         return self.keys is not None and self.lens is None
@@ -207,6 +212,10 @@ class ZipVLLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def mark(self) -> None:
         """What is held now is never reselected again."""
         self.anchor, self.fresh = self.lens, 0
+
+    def due(self, step: Step, interval: int) -> bool:
+        """Whether the tokens of the last `interval` decode steps are to be reselected now, after `step`."""
+        return self.fresh >= interval
 
     def add_pads(self, pads: Tensor) -> None:
         """Counts padding tokens among those seen, int32 `[B]`."""

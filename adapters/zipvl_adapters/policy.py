@@ -289,7 +289,7 @@ class ZipVLPolicy(Policy):
 
         Reads the new length on the host, once a layer and interval.
         """
-        if not self.recompress_interval or layer.fresh < self.recompress_interval:
+        if not self.recompress_interval or not layer.due(step, self.recompress_interval):
             return
         G, w = layer.groups, layer.fresh
         keys, values = fold(layer.keys, G), fold(layer.values, G)  # views: the layer's storage is contiguous

@@ -144,6 +144,8 @@ def _group_of_decoder(decoder: nn.Module) -> dist.ProcessGroup | None:
 def _group_of_weight(attention: Any) -> dist.ProcessGroup | None:
     """The group of the mesh that the query projection is split over by heads."""
     mesh = getattr(attention.q_proj.weight, "device_mesh", None)
+    if mesh is None:  # transformers 5.5 keeps plain tensors, and the mesh beside them
+        mesh = getattr(attention.q_proj, "_hf_device_mesh", None)
     if mesh is None:
         return None
     names = mesh.mesh_dim_names

@@ -139,7 +139,7 @@ class Session:
                 "past_key_values: this ZipVLCache is attached elsewhere; make another, or reset() it first"
             )
         cache.session = weakref.ref(self)
-        if not cache.get_seq_length():
+        if not cache.layers[0].has_past:
             self.cache = cache
 
 

@@ -101,7 +101,7 @@ class LayerStats:
         kept = [torch.cat(x) for x in zip(*(c.kept for c in chunks), strict=True)]
         _, Hkv, D = layer.prefills[-1].heads
         token = 2 * Hkv * D * layer.keys.element_size()
-        real = layer.seen * layer.batch_size - (int(layer.pads.sum()) if layer.pads is not None else 0)
+        real = int(layer.seen) * layer.batch_size - (int(layer.pads.sum()) if layer.pads is not None else 0)
         held = real if layer.lens is None else int(layer.lens.sum()) / layer.groups
         return cls(
             layer=layer.index,
