@@ -12,7 +12,7 @@ from zipvl_kernels._cuda import common
 from zipvl_kernels._cuda.tensor_map import lacks as no_copies
 from zipvl_kernels._cuda.tensor_map import tensor_map
 
-THREADS = 544
+THREADS = 640
 TILE = 128  # probes, and columns
 HEAD_DIMS = (64, 128)
 MAX_PROBES = 512
