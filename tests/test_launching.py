@@ -143,7 +143,7 @@ def cuda_common(monkeypatch):
     def start(config, function, pointers, extra):
         if errors:
             return errors.pop()
-        *sizes, stream, _, attributes = struct.unpack("=7I4xQQI4x", config)
+        *sizes, stream, _, attributes = struct.unpack("=7I4xQQI4x", ctypes.string_at(config, 56))
         parameters = ctypes.string_at(ctypes.c_void_p.from_address(pointers).value, 5)
         launched.append((function, *sizes, stream, attributes, parameters, extra))
         return 0
@@ -165,22 +165,29 @@ def cuda_common(monkeypatch):
 
 def test_cuda_launch_passes_the_bytes(cuda_common, monkeypatch):
     module, launched, _, _ = cuda_common
-    module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"a\0b\0c", shared=1024)
+    fixed = SimpleNamespace(ptr=23), GPU, 40, 256, struct.Struct("=2s"), b"b\0c"
+    step = module.Launch(*fixed, shared=1024)
+    step(7, b"a\0")
     monkeypatch.setattr(module, "capability", lambda device: (8, 0))  # kernels do not overlap there
-    module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"a\0b\0c")
+    module.Launch(*fixed)(7, b"a\0")
+    step(9, b"xy")
+    monkeypatch.setattr(module, "current_stream", lambda device: 5)
+    module.launch(step, b"xz")
     sizes = 40, 1, 1, 256, 1, 1
-    assert launched == [(23, *sizes, x, 7, n, b"a\0b\0c", None) for x, n in ((1024, 1), (0, 0))]
+    expected = [(1024, 7, 1, b"a\0"), (0, 7, 0, b"a\0"), (1024, 9, 1, b"xy"), (1024, 5, 1, b"xz")]
+    assert launched == [(23, *sizes, x, stream, n, at + b"b\0c", None) for x, stream, n, at in expected]
     assert struct.unpack("=i4xi60x", module._ATTRIBUTE.raw) == (6, 1)
 
 
 def test_cuda_launch_in_a_thread_without_a_context(cuda_common):
     module, launched, errors, freed = cuda_common
+    step = module.Launch(SimpleNamespace(ptr=23), GPU, 40, 256, struct.Struct("=2s"), b"cde")
     errors.append(module.INVALID_CONTEXT)
-    module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"abcde")
+    step(7, b"ab")
     assert (len(launched), freed) == (1, [0])
     errors.append(700)
     with pytest.raises(RuntimeError):
-        module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"abcde")
+        step(7, b"ab")
     assert len(launched) == 1
 
 
