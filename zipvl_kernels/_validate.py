@@ -53,11 +53,11 @@ def int32(name: str, x: Tensor, device: torch.device, *shapes: tuple[int, ...], 
         raise ValueError(f"{name}: expected a tensor on {device} like the others, got one on {x.device}")
 
 
-def per_sequence(B: int, device: torch.device, **given: Tensor | None) -> None:
-    """Each of `given`, unless None, is int32 `[B]` on `device`."""
+def per_sequence(like: Tensor, **given: Tensor | None) -> None:
+    """Each of `given`, unless None, is int32 `[B]`, with the batch size and device of `like`."""
     for name, x in given.items():
         if x is not None:
-            int32(name, x, device, (B,), meaning="[B]")
+            int32(name, x, like.device, (like.shape[0],), meaning="[B]")
 
 
 def probe_numbers(probe_rows: Tensor, B: int, device: torch.device) -> None:
@@ -157,17 +157,18 @@ def decode_rows(q: Tensor) -> None:
 
 def _heads(name: str, x: Tensor, other: str, like: Tensor) -> torch.Size:
     """The shape of a float tensor of rank 4 with a contiguous last dim, dtype and device of `like`, named `other`."""
-    _tensor(name, x)
+    if not isinstance(x, Tensor):
+        _tensor(name, x)
     shape, dtype = x.shape, x.dtype
     if len(shape) != 4:
         raise ValueError(f"{name}: expected [batch, heads, rows, head dim], got shape {_shape(x)}")
-    if dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {dtype}")
-    if x is not like:
+    if x is like or dtype != like.dtype:
+        if dtype not in _FLOATS:
+            raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {dtype}")
         if dtype != like.dtype:
             raise TypeError(f"{name}: expected {like.dtype} like {other}, got {dtype}")
-        if x.device != like.device:
-            raise ValueError(f"{name}: expected a tensor on {like.device} like {other}, got one on {x.device}")
+    if x is not like and x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} like {other}, got one on {x.device}")
     _, heads, _, D = shape
     if heads < 1 or D < 1:
         raise ValueError(f"{name}: expected at least one head and a head dim of at least 1, got shape {_shape(x)}")

@@ -64,7 +64,7 @@ def zipvl_prefill_(
     _validate.whole_number("seed", seed)
     _validate.not_negative(keep_first=keep_first, keep_recent=keep_recent)
     _validate.scale(scale)
-    _validate.per_sequence(q.shape[0], q.device, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
+    _validate.per_sequence(q, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
     _validate.pool(pool)
     result: tuple[Tensor, Tensor, Tensor] = _zipvl_prefill_(
         q,
