@@ -111,11 +111,16 @@ class Launch:
         with self.lock:
             self.fill(*addresses)
             self.stream.value = stream
-            status = self.start()
-            if status == INVALID_CONTEXT:
-                runtime.free(0)  # makes the device's context the thread's
-                status = self.start()
+            status = self.begin()
         check(status)
+
+    def begin(self) -> int:
+        """`start`, in a thread that may not have used CUDA yet."""
+        status = self.start()
+        if status == INVALID_CONTEXT:
+            runtime.free(0)  # makes the device's context the thread's
+            status = self.start()
+        return status
 
 
 def check(status: int) -> None:

@@ -85,17 +85,17 @@ def zipvl_prefill_(
     half, stream = dtype == torch.float16, common.current_stream(device)
     k_map, v_map = encoded(k_at, half, k_shape, k_stride), encoded(v_at, half, k_shape, v_stride)
     scoring = k_map, q_at, at + rows, start, *padding, at + lse, at + partial, at + arrived, *scores
-
-    draw(stream, at + rows, probe_rows.seed_key(seed))
     with draw.lock:
+        draw.fill(at + rows, probe_rows.seed_key(seed))
         row_sums.fill(*scoring)
         column_sums.fill(*scoring)
         select.fill(*scores, *padding, *kept)
         compact.fill(k_at, v_at, *kept, 0, zeroed)
         attend.fill(k_map, v_map, q_at, out.data_ptr(), *kept, start, zeroed)
-        for step in (row_sums, column_sums, select, compact, attend):
+        for step in (draw, row_sums, column_sums, select, compact, attend):
             step.stream.value = stream
-        status = row_sums.start() or column_sums.start() or select.start() or compact.start() or attend.start()
+        status = draw.begin() or row_sums.start() or column_sums.start()
+        status = status or select.start() or compact.start() or attend.start()
     common.check(status)
     return out, indices, counts
 
