@@ -21,11 +21,12 @@ def lacks(name: str, x: Tensor) -> str:
 
 def tensor_map(x: Tensor) -> bytes:
     """Descriptor of fp16 or bf16 `x` for copies of 128 rows and 64 columns into swizzled shared memory."""
-    return _encode(x.data_ptr(), x.dtype == torch.float16, x.shape, x.stride())
+    return encoded(x.data_ptr(), x.dtype == torch.float16, x.shape, x.stride())
 
 
 @lru_cache(maxsize=1024)
-def _encode(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]) -> bytes:
+def encoded(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]) -> bytes:
+    """`tensor_map` of a tensor of this kind."""
     buffer = ctypes.create_string_buffer(128 + 64)
     at = -ctypes.addressof(buffer) % 64  # the driver wants it aligned
     float_type, swizzle_128, promote_256 = 6 if half else 9, 3, 3  # values of the driver's enumerations
