@@ -23,7 +23,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "select_tokens": ("cuda", "triton"),
     "compact_kv_": ("cuda", "triton"),
     "sparse_attention": ("cuda", "triton"),
-    "decode_attention": ("triton",),
+    "decode_attention": ("cuda", "triton"),
 }
 
 
