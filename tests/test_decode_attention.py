@@ -1,7 +1,10 @@
 """`decode_attention`: the property check, examples, errors, registration."""
 
 import importlib.util
+import shutil
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +58,32 @@ def test_contract_triton_over_several_splits(monkeypatch):
     monkeypatch.setattr(module, "tiles", lambda dtype, D: (16, 4, 1))
     fn = partial(zk.decode_attention, backend="triton")
     check_decode_attention(fn, device=DEVICE, derandomize=True, max_examples=5)
+
+
+HOPPER = zk.backends()["cuda"] == "available" and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs CuPy and a GPU of compute capability 9.0")
+@pytest.mark.parametrize("max_tokens", [48, 1300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_contract_cuda(dtype, max_tokens):
+    """By "auto", which leaves many rows, and what is not aligned, to Triton."""
+    check_decode_attention(
+        zk.decode_attention, device="cuda", dtype=dtype, derandomize=True, head_dims=(64, 128), max_tokens=max_tokens
+    )
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("D", "half"), [(128, 0), (64, 1)])
+def test_hopper_kernels_compile_without_spills(tmp_path, D, half):
+    source = Path(zk.__file__).parent / "_cuda" / "decode_attention.cu"
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
+    macros = [f"-DHEAD_DIM={D}", f"-DHALF={half}", "-DSPLIT=512"]
+    done = subprocess.run(["nvcc", *target, *macros, source], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "warning" not in said
+    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 2, said
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,8 +4,11 @@ import ctypes
 import importlib.util
 import struct
 import sys
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -143,7 +146,7 @@ def cuda_common(monkeypatch):
     def start(config, function, pointers, extra):
         if errors:
             return errors.pop()
-        *sizes, stream, _, attributes = struct.unpack("=7I4xQQI4x", config)
+        *sizes, stream, _, attributes = struct.unpack("=7I4xQQI4x", ctypes.string_at(config, 56))
         parameters = ctypes.string_at(ctypes.c_void_p.from_address(pointers).value, 5)
         launched.append((function, *sizes, stream, attributes, parameters, extra))
         return 0
@@ -165,23 +168,208 @@ def cuda_common(monkeypatch):
 
 def test_cuda_launch_passes_the_bytes(cuda_common, monkeypatch):
     module, launched, _, _ = cuda_common
-    module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"a\0b\0c", shared=1024)
+    fixed = SimpleNamespace(ptr=23), GPU, 40, 256, struct.Struct("=2s"), b"b\0c"
+    step = module.Launch(*fixed, shared=1024)
+    step(7, b"a\0")
     monkeypatch.setattr(module, "capability", lambda device: (8, 0))  # kernels do not overlap there
-    module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"a\0b\0c")
+    module.Launch(*fixed)(7, b"a\0")
+    step(9, b"xy")
+    monkeypatch.setattr(module, "current_stream", lambda device: 5)
+    module.launch(step, b"xz")
     sizes = 40, 1, 1, 256, 1, 1
-    assert launched == [(23, *sizes, x, 7, n, b"a\0b\0c", None) for x, n in ((1024, 1), (0, 0))]
+    expected = [(1024, 7, 1, b"a\0"), (0, 7, 0, b"a\0"), (1024, 9, 1, b"xy"), (1024, 5, 1, b"xz")]
+    assert launched == [(23, *sizes, x, stream, n, at + b"b\0c", None) for x, stream, n, at in expected]
     assert struct.unpack("=i4xi60x", module._ATTRIBUTE.raw) == (6, 1)
 
 
 def test_cuda_launch_in_a_thread_without_a_context(cuda_common):
     module, launched, errors, freed = cuda_common
+    step = module.Launch(SimpleNamespace(ptr=23), GPU, 40, 256, struct.Struct("=2s"), b"cde")
     errors.append(module.INVALID_CONTEXT)
-    module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"abcde")
+    step(7, b"ab")
     assert (len(launched), freed) == (1, [0])
     errors.append(700)
     with pytest.raises(RuntimeError):
-        module.launch(SimpleNamespace(ptr=23), GPU, 7, 40, 256, b"abcde")
+        step(7, b"ab")
     assert len(launched) == 1
+
+
+KERNELS = ("probe_rows", "row_sums", "column_sums", "select_tokens", "compact_kv", "sparse_attention")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The modules of `zipvl_kernels._cuda` over no CuPy, and a driver that notes grids and parameters, by kernel.
+
+    What they allocate, on the CPU, stays, so that no two tensors have one address; a tensor is copied once.
+    """
+    cupy = ("cupy", "cupy.cuda", "cupy.cuda.function")
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in cupy}):
+        for name in [name for name in sys.modules if name.startswith("zipvl_kernels._cuda")]:
+            del sys.modules[name]
+        operators = ("probe_rows", "score_tokens", "select_tokens", "compact_kv", "sparse_attention", "zipvl_prefill")
+        stems = ("common", "tensor_map", *operators)
+        found = {stem: importlib.import_module(f"zipvl_kernels._cuda.{stem}") for stem in stems}
+    modules = SimpleNamespace(**found, launched=[])
+    sizes = [40, 320, 320, 120, 152, 448]  # of the parameters, as the sources of the kernels assert
+
+    def start(config, kernel, pointers, extra):
+        parameters = ctypes.string_at(ctypes.c_void_p.from_address(pointers).value, sizes[kernel])
+        modules.launched.append((KERNELS[kernel], ctypes.string_at(config, 56), parameters))
+        return 0
+
+    def encode(to, kind, rank, address, *rest):
+        ctypes.memmove(to.value, struct.pack("=QQ", 1 << 63, address.value), 16)
+        return 0
+
+    def load(name, *_, **defined):
+        return SimpleNamespace(ptr=KERNELS.index(name))
+
+    module = SimpleNamespace(get_function=load)
+    monkeypatch.setattr(modules.common, "load", load)
+    monkeypatch.setattr(modules.common, "load_module", lambda *_, **defined: module)
+    monkeypatch.setattr(modules.common, "allow_shared", lambda *_: None)
+    monkeypatch.setattr(modules.common, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(modules.common, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(modules.common, "current_device", lambda: None)
+    monkeypatch.setattr(modules.common, "current_stream", lambda device: 7)
+    monkeypatch.setattr(modules.common, "_start", lambda: start)
+    monkeypatch.setattr(modules.tensor_map, "libcuda", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
+    counters = torch.zeros(1 << 16, dtype=torch.int32)
+    for user in (modules.compact_kv, modules.sparse_attention, modules.zipvl_prefill):
+        monkeypatch.setattr(user, "tickets", lambda device, count: counters)
+    kept, copies, contiguous = [], {}, torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: copies.setdefault(id(x), contiguous(x)))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        make = getattr(owner, name)
+
+        def keep(*args, make=make, **options):
+            kept.append(make(*args, **options))
+            return kept[-1]
+
+        monkeypatch.setattr(owner, name, keep)
+    return modules
+
+
+def qkv(B, Hq, Hkv, M, N, D, dtype=torch.bfloat16):
+    shapes = ((B, M, Hq, D), (B, N, Hkv, D), (B, N, Hkv, D))
+    return [torch.zeros(shape, dtype=dtype).transpose(1, 2) for shape in shapes]
+
+
+OPTIONS = {
+    "tau": 0.975, "keep_ratio": None, "num_recent": 64, "num_random": 64, "seed": 0, "keep_first": 0, "keep_recent": 1,
+    "scale": None, "q_start": None, "leftpad_k": None, "seqused_k": None, "pool": "layer",
+}  # fmt: skip
+
+
+def step_by_step(cuda, q, k, v, *, tau, keep_ratio, num_recent, num_random, seed, keep_first, keep_recent, **options):
+    rows = cuda.probe_rows.probe_rows(q.shape[2], num_recent=num_recent, num_random=num_random, seed=seed)
+    scores = cuda.score_tokens.score_tokens(q, k, rows, **options)
+    share = {"tau": tau if keep_ratio is None else None, "keep_ratio": keep_ratio}
+    forced, padding = {"keep_first": keep_first, "keep_recent": keep_recent}, ("leftpad_k", "seqused_k")
+    kept = cuda.select_tokens.select_tokens(*scores, **share, **forced, **{name: options[name] for name in padding})
+    cuda.compact_kv.compact_kv_(k, v, *kept)
+    rest = {"scale": options["scale"], "q_start": options["q_start"]}
+    return cuda.sparse_attention.sparse_attention(q, k, v, *kept, **rest, kv_compacted=True), *kept
+
+
+def by_name(cuda, known, out):
+    """What was launched, with names in place of addresses: those known, `out`, then numbers in order of appearance."""
+    names, launches = dict(known), []
+    for kernel, config, parameters in cuda.launched:
+        module = getattr(cuda, "score_tokens" if kernel in ("row_sums", "column_sums") else kernel)
+        (*addresses,) = module._ADDRESSES.unpack_from(parameters)
+        if kernel == "sparse_attention":
+            assert addresses[3] == out
+            addresses[3] = 0
+        addresses = [names.setdefault(x, len(names)) if isinstance(x, int) and x > 1 << 32 else x for x in addresses]
+        launches.append((kernel, config, addresses, parameters[module._ADDRESSES.size :]))
+    cuda.launched.clear()
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("shape", "changed"),
+    [
+        ((1, 28, 4, 2880, 2880, 128), {}),
+        ((2, 8, 2, 300, 300, 64), {"pool": "kv_head", "padded": True, "seed": 2**40 + 1}),
+        ((1, 40, 40, 1, 700, 128), {"keep_ratio": 0.4, "keep_first": 3, "keep_recent": 9, "scale": 0.3}),
+        ((3, 4, 4, 50, 4000, 64), {"q_start": True, "num_recent": 0, "num_random": 7, "dtype": torch.float16}),
+        ((1, 1, 1, 1, 1, 64), {}),
+    ],
+    ids=str,
+)
+def test_one_plan_launches_what_the_steps_launch(cuda, shape, changed):
+    B, N = shape[0], shape[4]
+    options = {**OPTIONS, **changed}
+    q, k, v = qkv(*shape, dtype=options.pop("dtype", torch.bfloat16))
+    if options.pop("padded", False):
+        options["leftpad_k"] = torch.zeros(2 * B, dtype=torch.int32)[::2]  # copied, since its stride is not 1
+        options["seqused_k"] = torch.full((B,), N, dtype=torch.int32)
+    if options["q_start"]:
+        options["q_start"] = torch.zeros(B, dtype=torch.int32)
+    found = []
+    for fn in (partial(step_by_step, cuda), cuda.zipvl_prefill.zipvl_prefill_, cuda.zipvl_prefill.zipvl_prefill_):
+        out, indices, counts = fn(q, k, v, **options)
+        given = {name: x.data_ptr() for name, x in options.items() if isinstance(x, torch.Tensor) and x.is_contiguous()}
+        known = {"q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), **given}
+        known |= {"indices": indices.data_ptr(), "counts": counts.data_ptr()}
+        found.append(by_name(cuda, {at: name for name, at in known.items()}, out.data_ptr()))
+        assert (out.shape, indices.shape[2], out.is_contiguous()) == (q.shape, N, True)
+        assert [x.dtype for x in (out, indices, counts)] == [q.dtype, torch.int32, torch.int32]
+    steps, first, again = found
+    assert [kernel for kernel, *_ in steps] == list(KERNELS)
+    assert first == again == steps
+    assert len(cuda.zipvl_prefill._plans) == 1
+
+
+@pytest.mark.parametrize("pool", ["layer", "kv_head"])
+@pytest.mark.parametrize(
+    "shape", [(1, 28, 4, 2880, 2880, 128), (2, 8, 2, 17, 32768, 64), (1, 40, 40, 100, 131072, 64), (1, 4, 2, 3, 5, 64)]
+)
+def test_parts_of_the_scratch_are_apart(cuda, shape, pool):
+    B, Hq, _, M, N, D = shape
+    q, k, v = qkv(*shape)
+    plan = cuda.zipvl_prefill.prepared(q, k, v, 0.9, None, 64, 64, 0, 1, None, True, pool)
+    G, P = plan.sets[1], min(M, 128)
+    layout = q.shape, k.shape, (P,), q.stride(), (1,)
+    _, sizes = cuda.score_tokens.prepared(q.device, False, *layout, G, None)
+    least = [4 * n for n in (P, *sizes, B * G * N, B * G * N)]
+    assert all(x % 128 == 0 for x in plan.offsets)
+    assert all(end - begin >= n for (begin, end), n in zip(pairwise(plan.offsets), least, strict=True))
+    assert len(plan.offsets) == 7
+    assert plan.in_out == (plan.offsets[-1] <= 2 * B * Hq * M * D)
+    if pool == "layer" and N >= 2880:
+        assert plan.offsets[-1] <= 64 * B * N + 4096  # and none at all where it is in `out`
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"dtype": torch.float32}, "q: expected float16 or bfloat16"),
+        ({"scale": 0.0}, "scale: expected more than 0"),
+        ({"num_random": 600}, "probe_rows: expected at most 512"),
+        ({"B": 600}, "counts: expected at most 512 sets"),
+        ({"D": 80}, "q: expected a head dim"),
+        ({"shift": 1}, "q: expected rows that start at multiples of 16 bytes"),
+        ({"N": 0}, ""),
+        ({"B": 0}, ""),
+        ({"M": 0}, ""),
+    ],
+    ids=str,
+)
+def test_a_plan_says_what_it_lacks(cuda, changed, why):
+    sizes = {"B": 1, "Hq": 2, "Hkv": 1, "M": 700, "N": 700, "D": 64, "dtype": torch.bfloat16}
+    q, k, v = qkv(**{**sizes, **{name: x for name, x in changed.items() if name in sizes}})
+    if "shift" in changed:
+        q = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    options = {name: x for name, x in changed.items() if name in OPTIONS}
+    for _ in range(2):
+        found = cuda.zipvl_prefill.zipvl_prefill_(q, k, v, **{**OPTIONS, **options})
+        assert isinstance(found, str)
+        assert found.startswith(why)
+        assert bool(found) == bool(why)
+    assert not cuda.launched
 
 
 def test_what_a_kernel_lacks_is_asked_once():

@@ -1,6 +1,9 @@
 """`probe_rows`: the property check, examples, errors, registration."""
 
 import importlib
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,19 @@ import zipvl_reference
 from zipvl_reference.testing import check_probe_rows
 
 import zipvl_kernels as zk
+
+KERNELS = Path(zk.__file__).parent / "_cuda"
+DRAWS = [
+    (1000, 64, 64, 0),
+    (131072, 64, 64, 3 * 65537 + 1),
+    (50, 10, 300, 5),
+    (1, 64, 64, 2),
+    (65, 64, 64, 1),
+    (1000, 0, 5, 2**63 - 1),
+    (700, 64, 200, -5),
+    (2**31 - 1, 64, 100, 7),
+]
+CUDA = zk.backends()["cuda"] == "available"
 
 
 @pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
@@ -19,18 +35,64 @@ def test_triton_draws_the_same():
     pytest.importorskip("triton")
     drawn = importlib.import_module("zipvl_kernels._triton.probe_rows").probe_rows
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for num_rows, num_recent, num_random, seed in [
-        (1000, 64, 64, 0),
-        (131072, 64, 64, 3 * 65537 + 1),
-        (50, 10, 300, 5),
-        (1, 64, 64, 2),
-        (65, 64, 64, 1),
-        (1000, 0, 5, 2**63 - 1),
-        (700, 64, 200, -5),
-    ]:
+    for num_rows, num_recent, num_random, seed in DRAWS:
         sizes = {"num_recent": num_recent, "num_random": num_random, "seed": seed}
         wanted = zipvl_reference.probe_rows(num_rows, **sizes)
         assert torch.equal(drawn(num_rows, **sizes, device=device).cpu(), wanted)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CuPy and a GPU")
+@pytest.mark.parametrize(("num_rows", "num_recent", "num_random", "seed"), [*DRAWS, (5000, 700, 3000, 4)])
+def test_cuda_draws_the_same(num_rows, num_recent, num_random, seed):
+    drawn = importlib.import_module("zipvl_kernels._cuda.probe_rows").probe_rows
+    options = {"num_recent": num_recent, "num_random": num_random, "seed": seed}
+    got = drawn(num_rows, **options, device="cuda")
+    assert torch.equal(got.cpu(), zipvl_reference.probe_rows(num_rows, **options))
+
+
+PRINT_DRAWS = """
+#include <cstdio>
+#include "permutation.cuh"
+
+int main() {
+    Permutation p;
+    u32 count;
+    while (std::scanf("%u %u %u %u %u %u", &p.key, &p.a, &p.b, &p.walks, &p.n, &count) == 6)
+        for (u32 i = 0; i < count; ++i) std::printf("%u\\n", permuted(p, i));
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_cuda_arithmetic_is_that_of_the_reference(tmp_path):
+    """The permutation of the CUDA kernel, compiled for the CPU: over whole small ranges, and parts of large ones."""
+    source, program = tmp_path / "draws.cpp", tmp_path / "draws"
+    source.write_text(PRINT_DRAWS)
+    macros = ("-D__device__=", "-D__forceinline__=inline", "-std=c++17", "-O2")
+    subprocess.run(["g++", *macros, f"-I{KERNELS}", source, "-o", program], check=True)
+    reference = importlib.import_module("zipvl_reference.probe_rows")
+    sizes = [
+        *range(1, 70),
+        *(n + more for n in (1024, 2816, 10**6, 2**20) for more in (-1, 0, 1)),
+        2**31 - 2,
+        2**31 - 1,
+    ]
+    draws = [(n, reference.seed_key(seed), min(n, 500)) for n in sizes for seed in (0, 1, -5, 2**63 - 1)]
+    lines = (f"{key} {' '.join(map(str, reference.halves(n)))} {n} {count}" for n, key, count in draws)
+    found = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout.split()
+    wanted = [reference._permuted(torch.arange(count), n, key) for n, key, count in draws]
+    assert torch.equal(torch.tensor([int(x) for x in found]), torch.cat(wanted))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_cuda_kernel_compiles_without_spills(tmp_path, architecture):
+    target = [f"-arch=sm_{architecture}", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
+    done = subprocess.run(["nvcc", *target, "-DTHREADS=64", KERNELS / "probe_rows.cu"], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said
+    assert "warning" not in said
 
 
 def test_defaults():

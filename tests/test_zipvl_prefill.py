@@ -1,5 +1,6 @@
 """`zipvl_prefill_`: the property check, examples, errors, registration."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -59,6 +60,19 @@ def test_same_bits_as_the_steps_one_by_one(pool):
     got = zk.zipvl_prefill_(q, k, v, tau=0.8, **options)
     for a, b in zip((*got, k, v), (out, indices, counts, steps_k, steps_v), strict=True):
         assert torch.equal(a, b)
+
+
+def test_one_plan_is_taken_where_it_can(monkeypatch):
+    module, done = sys.modules["zipvl_kernels.zipvl_prefill"], object()
+    q, k, v = tensors()
+    for found in (done, "q: too long", ""):
+        monkeypatch.setattr(module, "_fused", lambda backend, device, found=found: lambda *_: found)
+        got = zk.zipvl_prefill_(q, k.clone(), v.clone())
+        assert (got is done) == (found is done)
+        assert got is done or got[0].shape == q.shape
+    monkeypatch.setattr(module, "_fused", lambda backend, device: lambda *_: "q: too long")
+    with pytest.raises(ValueError, match=r"^backend='cuda': q: too long$"):
+        zk.zipvl_prefill_(q, k, v, backend="cuda")
 
 
 def test_everything_kept_is_dense_attention():

@@ -18,13 +18,13 @@ _DISTRIBUTIONS = {"triton": ("triton",), "cuda": ("cupy-cuda13x", "cupy-cuda12x"
 # `zipvl_reference`. Where it takes some arguments only, `lacks` beside it, with the same signature, says why not. It is
 # asked once, here: "auto" goes on to the next implementation, an explicit backend raises.
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "probe_rows": ("triton",),
+    "probe_rows": ("cuda", "triton"),
     "score_tokens": ("cuda", "triton"),
     "select_tokens": ("cuda", "triton"),
     "compact_kv_": ("cuda", "triton"),
     "compact_paged_kv_": ("triton",),
     "sparse_attention": ("cuda", "triton"),
-    "decode_attention": ("triton",),
+    "decode_attention": ("cuda", "triton"),
 }
 
 

@@ -12,9 +12,8 @@ LAYOUTS = {"NHD": "[num_blocks, block_size, Hkv, D]", "HND": "[num_blocks, Hkv, 
 
 def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """`q [B, Hq, M, D]` with `k, v [B, Hkv, N, D]`: one dtype and device, `Hq % Hkv == 0`, last dim contiguous."""
-    _heads("q", q, "q", q)
-    _heads("k", k, "q", q)
-    (B, Hq, _, D), (B_k, Hkv, _, D_k) = q.shape, k.shape
+    B, Hq, _, D = _heads("q", q, "q", q)
+    B_k, Hkv, _, D_k = _heads("k", k, "q", q)
     if B_k != B or D_k != D:
         raise ValueError(f"k: expected [B, Hkv, N, D] with B = {B} and D = {D} as in q, got shape {_shape(k)}")
     if Hq % Hkv:
@@ -68,8 +67,10 @@ def own_memory(k: Tensor, v: Tensor, suffix: str = "") -> None:
     """Arguments `k` and `v` with `suffix` that are to be written: two buffers, neither broadcast."""
     if k is v:
         raise ValueError(f"v{suffix}: expected a buffer of its own, got the same tensor as k{suffix}")
+    if 0 not in k.stride() and 0 not in v.stride():
+        return
     for name, x in ((f"k{suffix}", k), (f"v{suffix}", v)):
-        if 0 in x.stride() and any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True)):
+        if any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(
                 f"{name}: expected memory of its own for every row, since it is written in place, "
                 f"got an expanded tensor of shape {_shape(x)} and strides {x.stride()}"
@@ -88,11 +89,11 @@ def int32(name: str, x: Tensor, device: torch.device, *shapes: tuple[int, ...], 
         raise ValueError(f"{name}: expected a tensor on {device} like the others, got one on {x.device}")
 
 
-def per_sequence(B: int, device: torch.device, **given: Tensor | None) -> None:
-    """Each of `given`, unless None, is int32 `[B]` on `device`."""
+def per_sequence(like: Tensor, **given: Tensor | None) -> None:
+    """Each of `given`, unless None, is int32 `[B]`, with the batch size and device of `like`."""
     for name, x in given.items():
         if x is not None:
-            int32(name, x, device, (B,), meaning="[B]")
+            int32(name, x, like.device, (like.shape[0],), meaning="[B]")
 
 
 def probe_numbers(probe_rows: Tensor, B: int, device: torch.device) -> None:
@@ -159,7 +160,8 @@ def one_ratio(tau: float | None, keep_ratio: float | None) -> None:
 def not_negative(**given: int) -> None:
     """Whole numbers of at least 0."""
     for name, x in given.items():
-        whole_number(name, x)
+        if type(x) is not int:
+            whole_number(name, x)
         if x < 0:
             raise ValueError(f"{name}: expected a whole number of at least 0, got {x!r}")
 
@@ -199,27 +201,33 @@ def decode_rows(q: Tensor) -> None:
         raise ValueError(f"q: expected at most {MAX_DECODE_ROWS} query rows (M), got shape {_shape(q)}")
 
 
-def _heads(name: str, x: Tensor, other: str, like: Tensor, wanted: str = "[batch, heads, rows, head dim]") -> None:
-    """A float tensor of rank 4 with a contiguous last dim, and dtype and device of `like`, which is named `other`."""
-    _tensor(name, x)
+_ROWS = "[batch, heads, rows, head dim]"
+
+
+def _heads(name: str, x: Tensor, other: str, like: Tensor, wanted: str = _ROWS) -> torch.Size:
+    """The shape of a float tensor of rank 4 with a contiguous last dim, dtype and device of `like`, named `other`."""
+    if not isinstance(x, Tensor):
+        _tensor(name, x)
     shape, dtype = x.shape, x.dtype
     if len(shape) != 4:
         raise ValueError(f"{name}: expected {wanted}, got shape {_shape(x)}")
-    if dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {dtype}")
-    if dtype != like.dtype:
-        raise TypeError(f"{name}: expected {like.dtype} like {other}, got {dtype}")
-    if x.device != like.device:
+    if x is like or dtype != like.dtype:
+        if dtype not in _FLOATS:
+            raise TypeError(f"{name}: expected float16, bfloat16 or float32, got {dtype}")
+        if dtype != like.dtype:
+            raise TypeError(f"{name}: expected {like.dtype} like {other}, got {dtype}")
+    if x is not like and x.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} like {other}, got one on {x.device}")
-    if shape[1] < 1 or shape[3] < 1:
+    _, heads, _, D = shape
+    if heads < 1 or D < 1:
         raise ValueError(f"{name}: expected at least one head and a head dim of at least 1, got shape {_shape(x)}")
-    if x.stride(3) != 1 and shape[3] > 1:
+    if x.stride()[3] != 1 and D > 1:
         raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()} for shape {_shape(x)}")
+    return shape
 
 
-def _same_as_k(v: Tensor, k: Tensor, suffix: str = "", wanted: str = "[batch, heads, rows, head dim]") -> None:
-    _heads(f"v{suffix}", v, f"k{suffix}", k, wanted)
-    if v.shape != k.shape:
+def _same_as_k(v: Tensor, k: Tensor, suffix: str = "", wanted: str = _ROWS) -> None:
+    if _heads(f"v{suffix}", v, f"k{suffix}", k, wanted) != k.shape:
         raise ValueError(f"v{suffix}: expected the shape of k{suffix}, {_shape(k)}, got {_shape(v)}")
 
 

@@ -33,7 +33,7 @@ def compact_kv_(
     _validate.pair(k, v)
     _validate.own_memory(k, v)
     _validate.selection(indices, counts, k)
-    _validate.per_sequence(k.shape[0], k.device, dst_start=dst_start)
+    _validate.per_sequence(k, dst_start=dst_start)
     _compact_kv_(k, v, indices, counts, dst_start, backend)
 
 

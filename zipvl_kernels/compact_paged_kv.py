@@ -55,7 +55,7 @@ def compact_paged_kv_(
     B = _validate.block_table(block_table, k_cache.device)
     G = _validate.paged_selection(indices, counts, B, Hkv, k_cache.device)
     _validate.int32("seqused_k", seqused_k, k_cache.device, (B,), (B, G), meaning="[B] or [B, G]")
-    _validate.per_sequence(B, k_cache.device, first_writable=first_writable)
+    _validate.per_sequence(seqused_k, first_writable=first_writable)
     lengths_and_freed: tuple[Tensor, Tensor] = _compact_paged_kv_(
         k_cache, v_cache, indices, counts, block_table, seqused_k, layout, first_writable, backend
     )

@@ -44,10 +44,9 @@ def score_tokens(
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
     _validate.heads(q=q, k=k)
-    B = q.shape[0]
-    _validate.probe_numbers(probe_rows, B, q.device)
+    _validate.probe_numbers(probe_rows, q.shape[0], q.device)
     _validate.scale(scale)
-    _validate.per_sequence(B, q.device, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
+    _validate.per_sequence(q, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
     _validate.pool(pool)
     scores: tuple[Tensor, Tensor] = _score_tokens(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, backend)
     return scores

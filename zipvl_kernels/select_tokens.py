@@ -52,7 +52,7 @@ def select_tokens(
     _validate.scores(accumulated, normalized)
     _validate.one_ratio(tau, keep_ratio)
     _validate.not_negative(keep_first=keep_first, keep_recent=keep_recent)
-    _validate.per_sequence(accumulated.shape[0], accumulated.device, leftpad_k=leftpad_k, seqused_k=seqused_k)
+    _validate.per_sequence(accumulated, leftpad_k=leftpad_k, seqused_k=seqused_k)
     selection: tuple[Tensor, Tensor] = _select_tokens(
         accumulated, normalized, tau, keep_ratio, keep_first, keep_recent, leftpad_k, seqused_k, backend
     )

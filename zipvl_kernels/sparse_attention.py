@@ -43,7 +43,7 @@ def sparse_attention(
     _validate.heads(q=q, k=k, v=v)
     _validate.selection(indices, counts, k, any_width=kv_compacted)
     _validate.scale(scale)
-    _validate.per_sequence(q.shape[0], q.device, q_start=q_start)
+    _validate.per_sequence(q, q_start=q_start)
     out: Tensor = _sparse_attention(q, k, v, indices, counts, scale, q_start, kv_compacted, backend)
     return out
 

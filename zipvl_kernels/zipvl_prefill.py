@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def zipvl_prefill_(
     _validate.whole_number("seed", seed)
     _validate.not_negative(keep_first=keep_first, keep_recent=keep_recent)
     _validate.scale(scale)
-    _validate.per_sequence(q.shape[0], q.device, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
+    _validate.per_sequence(q, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
     _validate.pool(pool)
     result: tuple[Tensor, Tensor, Tensor] = _zipvl_prefill_(
         q,
@@ -116,6 +117,20 @@ def _steps(backend: str, device_type: str) -> tuple[Callable[..., Any], ...]:
     return tuple(resolve(step, backend, device_type) for step in STEPS)
 
 
+@cache
+def _fused(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Tensor, Tensor] | str] | None:
+    """All steps as one plan, where there are CUDA kernels of them; it returns why where those do not take a call."""
+    if backend not in ("auto", "cuda"):
+        return None
+    try:
+        _steps("cuda", device.type)
+    except (RuntimeError, ValueError):
+        return None
+    fused: Callable[..., tuple[Tensor, Tensor, Tensor] | str]
+    fused = import_module("zipvl_kernels._cuda.zipvl_prefill").zipvl_prefill_
+    return fused
+
+
 @operator(
     "zipvl_prefill_(Tensor q, Tensor(a!) k, Tensor(b!) v, float tau, float? keep_ratio, int num_recent, "
     "int num_random, int seed, int keep_first, int keep_recent, float? scale, Tensor? q_start, Tensor? leftpad_k, "
@@ -140,6 +155,14 @@ def _zipvl_prefill_(
     pool: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    fused = _fused(backend, q.device)
+    if fused:
+        options = num_recent, num_random, seed, keep_first, keep_recent, scale, q_start, leftpad_k, seqused_k, pool
+        found = fused(q, k, v, tau, keep_ratio, *options)
+        if not isinstance(found, str):
+            return found
+        if found and backend == "cuda":
+            raise ValueError(f"backend='cuda': {found}")
     probe_rows, score_tokens, select_tokens, compact_kv_, sparse_attention = _steps(backend, q.device.type)
     rows = probe_rows(q.shape[2], num_recent=num_recent, num_random=num_random, seed=seed, device=q.device)
     accumulated, normalized = score_tokens(

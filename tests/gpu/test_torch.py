@@ -1,5 +1,7 @@
 """The operators inside torch: registration, torch.compile, CUDA graphs, several streams, no wait for the device."""
 
+import sys
+
 import pytest
 import torch
 from cases import DEVICE, REAL, every_on_tensors, function, inputs, needs_gpu, results
@@ -112,3 +114,36 @@ def test_prefill_is_its_steps(pool):
     got = zk.zipvl_prefill_(q, k, v, pool=pool, **options)
     for name, a, b in zip(("out", "indices", "counts"), got, (out, indices, counts), strict=True):
         assert_same_bits(name, a, b)
+
+
+@needs_gpu
+@pytest.mark.parametrize("M", [N, 1])  # what the steps hand on fits into the output, or does not
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"keep_ratio": 0.4, "scale": 0.2, "keep_first": 3, "keep_recent": 70, "num_recent": 5, "num_random": 200},
+        {"pool": "kv_head", "seed": 2**40 + 1, "seqused": True},
+        {"start": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prefill_in_one_plan_is_step_by_step(monkeypatch, dtype, changed, M):
+    module = sys.modules["zipvl_kernels.zipvl_prefill"]
+    if module._fused("auto", torch.device("cuda", torch.cuda.current_device())) is None:
+        pytest.skip("not every step has a kernel in CUDA C here")
+    (q, k, v), options = inputs("zipvl_prefill_", (N, N // 2, N), dtype=dtype)
+    q, options = q[:, :, -M:], {**options, **changed}
+    if options.pop("seqused", False):
+        options["seqused_k"] = torch.tensor([N, N - 3, 700], dtype=torch.int32, device=DEVICE)
+    if options.pop("start", False):
+        options["q_start"] = torch.tensor([N - M, 1, 0], dtype=torch.int32, device=DEVICE)
+    found = []
+    for fused in (True, True, False):
+        if not fused:
+            monkeypatch.setattr(module, "_fused", lambda backend, device: None)
+        found.append(results("zipvl_prefill_", zk.zipvl_prefill_, [q, k, v], options))
+    for again in found[1:]:
+        for i, (a, b) in enumerate(zip(found[0], again, strict=True)):
+            assert_same_bits(f"result {i}", a, b)

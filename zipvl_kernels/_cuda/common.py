@@ -3,8 +3,9 @@
 import ctypes
 import struct
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 
 import torch
 from cupy.cuda import driver, nvrtc, runtime
@@ -13,8 +14,11 @@ from cupy.cuda.function import Function, Module
 from zipvl_kernels._streams import current_device, current_stream
 
 __all__ = [
+    "Launch",
     "allow_shared",
     "capability",
+    "check",
+    "current_device",
     "current_stream",
     "launch",
     "libcuda",
@@ -25,7 +29,7 @@ __all__ = [
 HERE = Path(__file__).parent
 INVALID_CONTEXT = 201  # the driver's answer in a thread that has not used CUDA yet
 # The driver's: sizes, stream and attributes of a launch, and the one attribute in use (dependent.cuh says for what).
-_CONFIG = struct.Struct("=7I4xQQI4x")
+_CONFIG, _STREAM_AT = struct.Struct("=7I4xQQI4x"), 32
 _ATTRIBUTE = ctypes.create_string_buffer(struct.pack("=i4xi60x", 6, 1), 72)  # programmatic stream serialization: on
 
 
@@ -72,25 +76,71 @@ def allow_shared(kernel: Function, device: torch.device, size: int) -> None:
         driver.funcSetAttribute(kernel.ptr, 8, size)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
-def launch(
-    kernel: Function, device: torch.device, stream: int, blocks: int, threads: int, parameters: bytes, shared: int = 0
-) -> None:
-    """Starts `kernel` with `parameters` as its one argument, by value; on Hopper under the end of the one before it."""
-    if device.index != current_device():  # a handle of 0 names the current device's stream
-        with torch.cuda.device(device):
-            return launch(kernel, device, stream, blocks, threads, parameters, shared)
-    # The driver wants an array of pointers to the arguments: this object's own memory is that array, of one.
-    pointer = ctypes.c_char_p(parameters)
-    overlaps = capability(device) >= (9, 0)
-    config = _CONFIG.pack(blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(_ATTRIBUTE), overlaps)
-    call = config, kernel.ptr, ctypes.addressof(pointer), None
-    start = _start()  # CuPy's call takes several times as long, and cannot overlap kernels
-    status = start(*call)
-    if status == INVALID_CONTEXT:
-        runtime.free(0)  # makes the device's context the thread's
-        status = start(*call)
+class Launch:
+    """A launch of a kernel that takes one struct by value: numbers that stay the same, after addresses that do not.
+
+    The driver copies what it is given, so that any number of them can be under way. One thread at a time, which holds
+    `lock`, gives the addresses to `fill`, sets the stream's `value`, and calls `start`, which returns the status.
+    """
+
+    def __init__(
+        self,
+        kernel: Function,
+        device: torch.device,
+        blocks: int,
+        threads: int,
+        addresses: struct.Struct,
+        numbers: bytes,
+        shared: int = 0,
+    ) -> None:
+        self.kernel, self.device, self.lock = kernel, device, _lock(device)
+        self.parameters = ctypes.create_string_buffer(bytes(addresses.size) + numbers, addresses.size + len(numbers))
+        self.fill = partial(addresses.pack_into, self.parameters, 0)
+        # The driver wants an array of pointers to the arguments, here of one.
+        self.pointer = ctypes.c_void_p(ctypes.addressof(self.parameters))
+        overlaps = capability(device) >= (9, 0)
+        config = _CONFIG.pack(blocks, 1, 1, threads, 1, 1, shared, 0, ctypes.addressof(_ATTRIBUTE), overlaps)
+        self.config = ctypes.create_string_buffer(config, len(config))
+        self.stream = ctypes.c_uint64.from_buffer(self.config, _STREAM_AT)
+        # CuPy's call takes several times as long, and cannot overlap kernels.
+        at = ctypes.addressof
+        self.start: Callable[[], int] = partial(_start(), at(self.config), kernel.ptr, at(self.pointer), None)
+
+    def __call__(self, stream: int, *addresses: int | bytes) -> None:
+        """Starts it on a stream of the current device; on Hopper under the end of the kernel before it."""
+        with self.lock:
+            self.fill(*addresses)
+            self.stream.value = stream
+            status = self.begin()
+        check(status)
+
+    def begin(self) -> int:
+        """`start`, in a thread that may not have used CUDA yet."""
+        status = self.start()
+        if status == INVALID_CONTEXT:
+            runtime.free(0)  # makes the device's context the thread's
+            status = self.start()
+        return status
+
+
+def check(status: int) -> None:
+    """Raises the driver's error, if there is one."""
     if status:
         raise driver.CUDADriverError(status)
+
+
+@cache
+def _lock(device: torch.device) -> Lock:
+    """Of the device, since a launch waits for room in its queue."""
+    return Lock()
+
+
+def launch(step: Launch, *addresses: int | bytes) -> None:
+    """Starts `step` on torch's current stream of its device."""
+    if step.device.index != current_device():  # a handle of 0 names the current device's stream
+        with torch.cuda.device(step.device):
+            return launch(step, *addresses)
+    step(current_stream(step.device), *addresses)
 
 
 @cache
@@ -102,5 +152,5 @@ def libcuda() -> ctypes.CDLL:
 @cache
 def _start() -> Callable[..., int]:
     function = libcuda().cuLaunchKernelEx
-    function.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    function.argtypes = 4 * (ctypes.c_void_p,)
     return function

@@ -43,11 +43,10 @@ def launch(
         return
     device, k_at, v_at = k.device, k.data_ptr(), v.data_ptr()
     layout = k.shape, k.stride(), v.stride(), indices.shape[1], indices.stride(), counts.stride()
-    kernel, blocks, counters, numbers = _plan(
-        device, k.element_size(), (k_at | v_at) % 16, *layout, threads, items, blocks_per_sm
-    )
+    step, counters = prepared(device, k.element_size(), (k_at | v_at) % 16, *layout, threads, items, blocks_per_sm)
     start = None if dst_start is None else dst_start.contiguous()
-    addresses = _ADDRESSES.pack(
+    common.launch(
+        step,
         k_at,
         v_at,
         indices.data_ptr(),
@@ -55,11 +54,10 @@ def launch(
         0 if start is None else start.data_ptr(),
         tickets(device, counters).data_ptr(),
     )
-    common.launch(kernel, device, common.current_stream(device), blocks, threads, addresses + numbers)
 
 
 @lru_cache(maxsize=256)
-def _plan(
+def prepared(
     device: torch.device,
     size: int,
     misaligned: int,
@@ -69,11 +67,11 @@ def _plan(
     G: int,
     indices_stride: tuple[int, ...],
     counts_stride: tuple[int, ...],
-    threads: int,
-    items: int,
-    blocks_per_sm: int,
-) -> tuple[Function, int, int, bytes]:
-    """All that a launch takes beside addresses: the kernel, blocks, counters, and the parameters that are numbers."""
+    threads: int = THREADS,
+    items: int = ITEMS,
+    blocks_per_sm: int = BLOCKS_PER_SM,
+) -> tuple[common.Launch, int]:
+    """All of a launch but its addresses, and how many counters it takes."""
     B, Hkv, N, D = shape
     strides = [size * x for x in (*k_stride[:3], *v_stride[:3])]  # in bytes
     multiples = misaligned | D * size | 16
@@ -88,7 +86,7 @@ def _plan(
     kernel = _kernel(device, width, chunks, lanes, threads, items, blocks_per_sm)
     blocks = min(tiles * chains, blocks_per_sm * common.multiprocessors(device))
     numbers = _NUMBERS.pack(*strides, *indices_stride, *counts_stride, B, Hkv, G, N)
-    return kernel, blocks, 2 + tiles * chains, numbers
+    return common.Launch(kernel, device, blocks, threads, _ADDRESSES, numbers), 2 + tiles * chains
 
 
 @cache

@@ -5,8 +5,8 @@
 // column's sum stays within four lanes. The last block of a span to finish adds what the others found, in fixed order.
 //
 // In both, a block of a multiprocessor has two pairs of warpgroups, which take the tiles of K in turn, each warpgroup
-// with 64 rows of the product: one's exponentials run under the others' products. The thread of another warp copies
-// tiles of K ahead of them (TMA).
+// with 64 rows of the product, so that one pair's exponentials run under the other's products. Of the fifth warpgroup a
+// thread copies tiles of K ahead of them (TMA), and three warps gather the queries of the next head.
 //
 // Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16.
 
@@ -14,6 +14,7 @@
 #include "hopper.cuh"
 
 constexpr int PAIR = 256, WORKERS = 2 * PAIR;  // threads that multiply
+constexpr int THREADS = WORKERS + 128, GATHERERS = 96;
 constexpr int STAGES = 4;                      // tiles of K in shared memory
 constexpr int MAX_PROBES = 512;
 constexpr int MAX_ITEMS = 32;        // tiles of probes, over the heads of a block of `column_sums`
@@ -43,9 +44,9 @@ struct Params {
 static_assert(sizeof(Params) == 320, "the launcher packs so much");
 
 struct Shared {
-    u64 full[STAGES], empty[STAGES];
+    u64 full[STAGES], empty[STAGES], q_full[2], q_empty[2];
     int at[MAX_PROBES];            // the last column that a probe sees, -1: none
-    int last[WORKERS / 32 + 1];    // the largest of them, by warp
+    int last[THREADS / 32];        // the largest of them, by warp
     int finishes;                  // this block is the last of its span
     float less[MAX_ITEMS][TILE];   // minus the log-sum-exp of each probe
     float sums[MAX_SPAN];          // of the columns, over this block's heads
@@ -68,6 +69,10 @@ __device__ int prepare(const Params& p, Shared& sh, int b, int from, int count) 
             barrier_init(sh.full[i], 1);
             barrier_init(sh.empty[i], PAIR / 32);
         }
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(sh.q_full[i], GATHERERS);
+            barrier_init(sh.q_empty[i], WORKERS / 32);
+        }
         barriers_ready();
     }
     int first = first_column(p, b), end = p.seqused_k ? min(p.seqused_k[b], p.N) : p.N, start = start_of(p, b), last = -1;
@@ -81,27 +86,25 @@ __device__ int prepare(const Params& p, Shared& sh, int b, int from, int count) 
     if (threadIdx.x % 32 == 0) sh.last[threadIdx.x / 32] = last;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i <= WORKERS / 32; ++i) last = max(last, sh.last[i]);
+    for (int i = 0; i < THREADS / 32; ++i) last = max(last, sh.last[i]);
     return __shfl_sync(~0u, last, 0);  // lets the compiler know that it is the same in all lanes
 }
 
-// The queries of TILE probes into swizzled shared memory, zeros for a probe that sees nothing; by all workers.
-__device__ __forceinline__ void gather_queries(const Params& p, const int* at, int b, int head, u32 to) {
+// Three warps: the queries of item `i` into their swizzled buffer, zeros for a probe that sees nothing.
+__device__ __forceinline__ void serve_queries(const Params& p, Shared& sh, const int* at, int b, int head, u32 q_at, int i) {
+    wait(sh.q_empty[i % 2], i / 2 & 1 ^ 1);
     const u16* q = p.q + b * p.q_b + head * p.q_h;
-    int start = start_of(p, b), chunk = threadIdx.x % CHUNKS;
-#pragma unroll
-    for (int r = threadIdx.x / CHUNKS; r < TILE; r += WORKERS / CHUNKS) {
+    int start = start_of(p, b), thread = threadIdx.x - (THREADS - GATHERERS), chunk = thread % CHUNKS;
+    u32 to = q_at + i % 2 * TILE_BYTES + (chunk / 8) * TILE_BAND;
+#pragma unroll 8
+    for (int r = thread / CHUNKS; r < TILE; r += GATHERERS / CHUNKS) {
         int column = at[r];
         const u16* from = q + (column < 0 ? 0 : column - start) * p.q_m + chunk * 8;
-        copy_16_async(to + (chunk / 8) * TILE_BAND + r * 128 + ((chunk % 8 ^ r % 8) << 4), from, column < 0 ? 0 : 16);
+        copy_16_async(to + r * 128 + ((chunk % 8 ^ r % 8) << 4), from, column < 0 ? 0 : 16);
     }
-}
-
-// After this, all workers' copies can be multiplied.
-__device__ __forceinline__ void queries_ready() {
     wait_for_copies();
     publish_to_async_proxy();
-    sync_threads<WORKERS>(1);
+    arrive(sh.q_full[i % 2]);
 }
 
 // One thread: tiles of K from row `begin` on into the ring, `loaded` of which have gone there before.
@@ -113,13 +116,19 @@ __device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at
     }
 }
 
-// S [64, 128] of the ring's tile `n`: this half of its rows with the queries, or this half of the queries with it.
+// S [64, 128] of the ring's tile `n`: this half of its rows with the queries, or this half of the queries with it. The
+// pairs issue in turn, and the next one may as soon as this one has, since products are worked off in order.
 __device__ __forceinline__ void multiply_tile(float (&s)[64], Shared& sh, u32 k_at, u32 q_at, int half, bool keys_as_rows, u32 n) {
+    const int MY_TURN = 1 + n % 2, OTHERS_TURN = 2 - n % 2;  // named barriers
     u32 stage = n % STAGES, k = k_at + stage * TILE_BYTES, below = half * ROWS * 128;
     wait(sh.full[stage], n / STAGES & 1);
+    if (n) sync_threads<WORKERS>(MY_TURN);
     pin(s);
     wgmma_fence();
+    // The same in all lanes, and so that the compiler knows it: descriptors then stay in uniform registers.
+    k = __shfl_sync(~0u, k, 0), q_at = __shfl_sync(~0u, q_at, 0), below = __shfl_sync(~0u, below, 0);
     issue_scores<TILE_BAND>(s, (keys_as_rows ? k : q_at) + below, keys_as_rows ? q_at : k);
+    pass_turn<WORKERS>(OTHERS_TURN);
     wgmma_wait<0>();
     pin(s);
     if (threadIdx.x % 32 == 0) arrive(sh.empty[stage]);
@@ -153,7 +162,7 @@ __device__ __forceinline__ void add_scores(float (&s)[64], const int (&reach)[2]
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) row_sums(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) row_sums(const __grid_constant__ Params p) {
     extern __shared__ char raw[];
     u32 base = shared_address(raw), pad = (1024 - base % 1024) % 1024;
     base += pad;
@@ -170,16 +179,16 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) row_sums(const __g
     int begin = max(split * p.split, first_column(p, b)), end = min((split + 1) * p.split, last + 1);
 
     int thread = threadIdx.x, lane = thread % 32;
+    if (thread >= THREADS - GATHERERS) return serve_queries(p, sh, sh.at, b, head, base + Q_AT, 0);
     if (thread >= WORKERS) {
         u32 loaded = 0;
         if (lane == 0) serve_keys(p, sh, base + K_AT, begin, end, kv, b, loaded);
         return;
     }
-    gather_queries(p, sh.at, b, head, base + Q_AT);
     int group = __shfl_sync(~0u, thread / 128, 0), pair = group / 2, half = group % 2, r = thread % PAIR / 32 * 16 + lane / 4;
     int limit[2] = {min(sh.at[r], end - 1), min(sh.at[r + 8], end - 1)};
     float s[64], largest[2] = {-3e38f, -3e38f}, total[2] = {0, 0};  // of a thread's own columns; finite where none is seen
-    queries_ready();
+    wait(sh.q_full[0], 0);
     u32 n = pair;
     for (int j = begin + pair * TILE; j < end; j += 2 * TILE, n += 2) {
         multiply_tile(s, sh, base + K_AT, base + Q_AT, half, false, n);
@@ -194,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) row_sums(const __g
         sum[h] = sum_of_four_lanes(total[h] * exp2_fast(largest[h] - above[h]));
         if (pair == 1 && lane % 4 == 0) sh.less[0][r + 8 * h] = above[h], sh.less[1][r + 8 * h] = sum[h];
     }
-    sync_threads<WORKERS>(1);
+    sync_threads<WORKERS>(3);
     if (pair == 1 || lane % 4) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -249,7 +258,7 @@ __device__ __forceinline__ float* sums_of(const Params& p, int set, int part) {
     return p.partial + ((i64)set * (p.parts - 2) + part - 2) * p.N;
 }
 
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) column_sums(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) column_sums(const __grid_constant__ Params p) {
     extern __shared__ char raw[];
     u32 base = shared_address(raw), pad = (1024 - base % 1024) % 1024;
     base += pad;
@@ -264,28 +273,29 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) column_sums(const 
     int items = begin < end ? (to - from) * blocks : 0, tiles = (end - begin + TILE - 1) / TILE;
 
     int thread = threadIdx.x, lane = thread % 32;
-    if (thread >= WORKERS) {
+    if (thread >= THREADS - GATHERERS) {
+        for (int i = 0; i < items; ++i) serve_queries(p, sh, sh.at + i % blocks * TILE, b, from + i / blocks, base + Q_AT, i);
+    } else if (thread >= WORKERS) {
         u32 loaded = 0;
         if (lane == 0)
             for (int i = 0; i < items; ++i) serve_keys(p, sh, base + K_AT, begin, end, (from + i / blocks) / p.shared, b, loaded);
     } else if (items) {
-        gather_queries(p, sh.at, b, from, base + Q_AT);
         for (int i = thread; i < tiles * TILE; i += WORKERS) sh.sums[i] = 0;
         after_previous_kernel();  // that is `row_sums`: queries and keys are older
         for (int i = thread / TILE; i < items; i += WORKERS / TILE)
             sh.less[i][thread % TILE] = merge_splits(p, b, from + i / blocks, i % blocks * TILE + thread % TILE);
+        sync_threads<WORKERS>(3);
         int group = __shfl_sync(~0u, thread / 128, 0), pair = group / 2, half = group % 2, r = thread % PAIR / 32 * 16 + lane / 4;
         float s[64];
         for (int i = 0; i < items; ++i) {
-            queries_ready();  // and nobody reads those before them any more
-            if (i + 1 < items)
-                gather_queries(p, sh.at + (i + 1) % blocks * TILE, b, from + (i + 1) / blocks, base + Q_AT + (i + 1) % 2 * TILE_BYTES);
+            wait(sh.q_full[i % 2], i / 2 & 1);
             for (int tile = (pair + i * tiles) % 2; tile < tiles; tile += 2) {
                 multiply_tile(s, sh, base + K_AT, base + Q_AT + i % 2 * TILE_BYTES, half, true, i * tiles + tile);
                 int row = tile * TILE + r;
                 add_weights(s, sh.less[i], sh.at + i % blocks * TILE, begin + row, p.scale, sh.sums + row);
                 __syncwarp();
             }
+            if (lane == 0) arrive(sh.q_empty[i % 2]);
         }
     }
     __syncthreads();
@@ -304,10 +314,18 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) column_sums(const 
         float total = 0;
         int seen = 0;  // how many probes see this column
         if (column >= begin && column < end) {
-#pragma unroll 4
-            for (int i = 0; i < p.parts; ++i) total += __ldcg(sums_of(p, set, i) + column);
+            for (int i = 0; i < p.parts; i += 8) {
+                float sums[8];  // all on their way at a time
+#pragma unroll
+                for (int j = 0; j < 8; ++j) sums[j] = i + j < p.parts ? __ldcg(sums_of(p, set, i + j) + column) : 0;
+#pragma unroll
+                for (int j = 0; j < 8; ++j) total += sums[j];
+            }
 #pragma unroll 8
-            for (int i = 0; i < p.P; ++i) seen += column <= sh.at[i];
+            for (int i = 0; i < blocks * TILE; i += 4) {
+                int4 at = *(const int4*)(sh.at + i);
+                seen += (column <= at.x) + (column <= at.y) + (column <= at.z) + (column <= at.w);
+            }
         }
         p.accumulated[(i64)set * p.N + column] = total;
         p.normalized[(i64)set * p.N + column] = total / (float)(max(seen, 1) * heads);

@@ -12,7 +12,7 @@ from zipvl_kernels._cuda import common
 from zipvl_kernels._cuda.tensor_map import lacks as no_copies
 from zipvl_kernels._cuda.tensor_map import tensor_map
 
-THREADS = 544
+THREADS = 640
 TILE = 128  # probes, and columns
 HEAD_DIMS = (64, 128)
 MAX_PROBES = 512
@@ -87,11 +87,11 @@ def launch(
     if not accumulated.numel() or not q_shape[2] or not rows_shape[-1]:
         return accumulated.zero_(), normalized.zero_()
     layout = q_shape, k_shape, rows_shape, q.stride(), probe_rows.stride()
-    kernels, blocks, sizes, shared, numbers = _plan(device, q.dtype == torch.float16, *layout, G, scale, shares)
+    launches, sizes = prepared(device, q.dtype == torch.float16, *layout, G, scale, shares)
     scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     at = scratch.data_ptr()
     given = [None if x is None else x.contiguous() for x in (q_start, leftpad_k, seqused_k)]
-    addresses = _ADDRESSES.pack(
+    addresses: tuple[int | bytes, ...] = (
         tensor_map(k),
         q.data_ptr(),
         probe_rows.data_ptr(),
@@ -102,14 +102,13 @@ def launch(
         accumulated.data_ptr(),
         normalized.data_ptr(),
     )
-    stream = common.current_stream(device)
-    for kernel, grid in zip(kernels, blocks, strict=True):
-        common.launch(kernel, device, stream, grid, THREADS, addresses + numbers, shared)
+    for step in launches:
+        common.launch(step, *addresses)
     return accumulated, normalized
 
 
 @lru_cache(maxsize=256)
-def _plan(
+def prepared(
     device: torch.device,
     half: bool,
     q_shape: torch.Size,
@@ -119,11 +118,11 @@ def _plan(
     rows_stride: tuple[int, ...],
     G: int,
     scale: float | None,
-    shares: tuple[int, int, int] | None,
-) -> tuple[tuple[Function, Function], tuple[int, int], tuple[int, int, int], int, bytes]:
-    """All that the launches take beside addresses: kernels, blocks, scratch, bytes of shared memory, and numbers.
+    shares: tuple[int, int, int] | None = None,
+) -> tuple[tuple[common.Launch, ...], tuple[int, int, int]]:
+    """The two launches, which take the same addresses, and the sizes of their scratch.
 
-    Scratch is in 4 bytes: the log-sum-exps, the sums of each part of the heads, and the counters of blocks.
+    That is, in 4 bytes: the log-sum-exps, the sums of each part of the heads, and the counters of blocks.
     """
     (B, Hq, M, D), (_, Hkv, N, _), P = q_shape, k_shape, rows_shape[-1]
     row_tiles, column_tiles, parts = shares or plan(N, P, Hq, G)
@@ -149,7 +148,8 @@ def _plan(
     shared = 1024 + 6 * TILE * D * 2 + 28672  # alignment, two tiles of queries and four of K, the rest
     blocks = B * Hq * -(-P // TILE) * splits, B * G * parts * spans
     sizes = B * Hq * splits * P, B * G * max(0, parts - 2) * N, B * G * spans
-    return _kernels(device, D, half, shared), blocks, sizes, shared, numbers
+    kernels = zip(_kernels(device, D, half, shared), blocks, strict=True)
+    return tuple(common.Launch(x, device, grid, THREADS, _ADDRESSES, numbers, shared) for x, grid in kernels), sizes
 
 
 @cache

@@ -70,9 +70,10 @@ def launch(
     if not indices.numel():
         return indices, counts.zero_()
     layout = shape, accumulated.stride(), normalized.stride()
-    kernel, grid, numbers = _plan(device, *layout, tau, keep_ratio, keep_first, keep_recent, threads, blocks)
+    step = prepared(device, *layout, tau, keep_ratio, keep_first, keep_recent, threads, blocks)
     leftpad, seqused = (None if x is None else x.contiguous() for x in (leftpad_k, seqused_k))
-    addresses = _ADDRESSES.pack(
+    common.launch(
+        step,
         accumulated.data_ptr(),
         normalized.data_ptr(),
         0 if leftpad is None else leftpad.data_ptr(),
@@ -80,12 +81,11 @@ def launch(
         indices.data_ptr(),
         counts.data_ptr(),
     )
-    common.launch(kernel, device, common.current_stream(device), grid, threads, addresses + numbers)
     return indices, counts
 
 
 @lru_cache(maxsize=256)
-def _plan(
+def prepared(
     device: torch.device,
     shape: torch.Size,
     accumulated_stride: tuple[int, ...],
@@ -94,16 +94,17 @@ def _plan(
     keep_ratio: float | None,
     keep_first: int,
     keep_recent: int,
-    threads: int,
-    blocks: int | None,
-) -> tuple[Function, int, bytes]:
-    """All that a launch takes beside addresses: the kernel, the number of blocks, and numbers to pass."""
+    threads: int = THREADS,
+    blocks: int | None = None,
+) -> common.Launch:
+    """All of a launch but its addresses."""
     B, G, N = shape
     blocks = blocks or _blocks(device, B * G, N)
     share = tau if keep_ratio is None else keep_ratio
     firsts = min(keep_first, N), min(keep_recent, N)
     numbers = _NUMBERS.pack(*accumulated_stride, *normalized_stride, share, G, N, *firsts)
-    return _kernel(device, threads, blocks, keep_ratio is not None), B * G * blocks, numbers
+    kernel = _kernel(device, threads, blocks, keep_ratio is not None)
+    return common.Launch(kernel, device, B * G * blocks, threads, _ADDRESSES, numbers)
 
 
 def _blocks(device: torch.device, sets: int, N: int) -> int:

@@ -88,10 +88,11 @@ def launch(
         return out.zero_()
     device, half = q.device, q.dtype == torch.float16
     layout = q_shape, k_shape, indices_shape, q.stride(), indices.stride(), counts.stride()
-    config = stages or STAGES[q_shape[3]], consumer_registers, producer_registers, take_turns, section_bytes
-    kernel, shared, blocks, numbers = _plan(device, half, *layout, scale, q_start is None, *config)
+    config = stages, consumer_registers, producer_registers, take_turns, section_bytes
+    step = prepared(device, half, *layout, scale, q_start is None, *config)
     start = None if q_start is None else q_start.contiguous()
-    parameters = _ADDRESSES.pack(
+    common.launch(
+        step,
         tensor_map(k),
         tensor_map(v),
         q.data_ptr(),
@@ -101,12 +102,11 @@ def launch(
         0 if start is None else start.data_ptr(),
         tickets(device, 1).data_ptr(),
     )
-    common.launch(kernel, device, common.current_stream(device), blocks, THREADS, parameters + numbers, shared)
     return out
 
 
 @lru_cache(maxsize=256)
-def _plan(
+def prepared(
     device: torch.device,
     half: bool,
     q_shape: torch.Size,
@@ -117,15 +117,16 @@ def _plan(
     counts_stride: tuple[int, ...],
     scale: float | None,
     default_start: bool,
-    stages: int,
-    consumer_registers: int,
-    producer_registers: int,
-    take_turns: bool,
-    section_bytes: int,
-) -> tuple[Function, int, int, bytes]:
-    """All that a launch takes beside addresses: the kernel, bytes of shared memory, blocks, and numbers to pass."""
+    stages: int | None = None,
+    consumer_registers: int = CONSUMER_REGISTERS,
+    producer_registers: int = PRODUCER_REGISTERS,
+    take_turns: bool = TAKE_TURNS,
+    section_bytes: int = SECTION_BYTES,
+) -> common.Launch:
+    """All of a launch but its addresses."""
     (B, Hq, M, D), (_, Hkv, N, _), (_, G, C) = q_shape, k_shape, indices_shape
-    kernel, shared, blocks = _kernel(device, D, half, stages, consumer_registers, producer_registers, take_turns)
+    config = stages or STAGES[D], consumer_registers, producer_registers, take_turns
+    kernel, shared, blocks = _kernel(device, D, half, *config)
     numbers = _NUMBERS.pack(
         *q_stride[:3],
         *indices_stride,
@@ -141,7 +142,7 @@ def _plan(
         section_bytes,
         (D**-0.5 if scale is None else scale) * math.log2(math.e),
     )
-    return kernel, shared, blocks, numbers
+    return common.Launch(kernel, device, blocks, THREADS, _ADDRESSES, numbers, shared)
 
 
 @cache

@@ -19,13 +19,14 @@ def lacks(name: str, x: Tensor) -> str:
     return ""
 
 
-def tensor_map(x: Tensor) -> bytes:
-    """Descriptor of fp16 or bf16 `x` for copies of 128 rows and 64 columns into swizzled shared memory."""
-    return _encode(x.data_ptr(), x.dtype == torch.float16, x.shape, x.stride())
+def tensor_map(x: Tensor, rows: int = 128) -> bytes:
+    """Descriptor of fp16 or bf16 `x` for copies of so many rows and 64 columns into swizzled shared memory."""
+    return encoded(x.data_ptr(), x.dtype == torch.float16, x.shape, x.stride(), rows)
 
 
 @lru_cache(maxsize=1024)
-def _encode(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]) -> bytes:
+def encoded(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...], rows: int = 128) -> bytes:
+    """`tensor_map` of a tensor of this kind."""
     buffer = ctypes.create_string_buffer(128 + 64)
     at = -ctypes.addressof(buffer) % 64  # the driver wants it aligned
     float_type, swizzle_128, promote_256 = 6 if half else 9, 3, 3  # values of the driver's enumerations
@@ -34,7 +35,7 @@ def _encode(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]
         float_type,
         4,
         ctypes.c_void_p(address),
-        *_extents(shape, stride),
+        *_extents(shape, stride, rows),
         0,
         swizzle_128,
         promote_256,
@@ -46,9 +47,9 @@ def _encode(address: int, half: bool, shape: torch.Size, stride: tuple[int, ...]
 
 
 @lru_cache(maxsize=256)
-def _extents(shape: torch.Size, stride: tuple[int, ...]) -> tuple[object, ...]:
+def _extents(shape: torch.Size, stride: tuple[int, ...], rows: int) -> tuple[object, ...]:
     """Sizes, strides in bytes, box and steps of a descriptor: the same for all layers, whose addresses differ."""
     (B, H, N, D), (b, h, n, _) = shape, stride
     sizes = (ctypes.c_uint64 * 4)(D, N, H, B)
     strides = (ctypes.c_uint64 * 3)(*(2 * (x if size > 1 else D) for x, size in ((n, N), (h, H), (b, B))))
-    return sizes, strides, (ctypes.c_uint32 * 4)(64, 128, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
+    return sizes, strides, (ctypes.c_uint32 * 4)(64, rows, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
