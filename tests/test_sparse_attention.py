@@ -112,6 +112,17 @@ def test_cuda_says_what_it_lacks(changed, match):
         zk.sparse_attention(*arguments, backend="cuda")
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_reads_what_tensors_hold_now(backend):
+    """Not what they held in an earlier call."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    arguments = [x.to(DEVICE) for x in tensors()]
+    before = zk.sparse_attention(*arguments, backend=backend)
+    arguments[0].neg_()
+    assert not torch.equal(zk.sparse_attention(*arguments, backend=backend), before)
+
+
 def test_triton_refuses_wide_heads():
     pytest.importorskip("triton")
     arguments = (x.to(DEVICE) for x in tensors(D=257))

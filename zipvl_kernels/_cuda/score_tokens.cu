@@ -45,11 +45,11 @@ static_assert(sizeof(Params) == 320, "the launcher packs so much");
 
 struct Shared {
     u64 full[STAGES], empty[STAGES], q_full[2], q_empty[2];
-    int at[MAX_PROBES];            // the last column that a probe sees, -1: none
-    int last[THREADS / 32];        // the largest of them, by warp
-    int finishes;                  // this block is the last of its span
-    float less[MAX_ITEMS][TILE];   // minus the log-sum-exp of each probe
-    float sums[MAX_SPAN];          // of the columns, over this block's heads
+    alignas(16) int at[MAX_PROBES];           // the last column that a probe sees, -1: none
+    int last[THREADS / 32];                   // the largest of them, by warp
+    int finishes;                             // this block is the last of its span
+    alignas(16) float less[MAX_ITEMS][TILE];  // minus the log-sum-exp of each probe
+    float sums[MAX_SPAN];                     // of the columns, over this block's heads
 };
 
 // Shared memory: two tiles of queries, the ring of K, then the rest.

@@ -6,7 +6,6 @@ zeroed by programs of their own, which find them by binary search and serve seve
 """
 
 import math
-from functools import cache
 
 import torch
 import triton
@@ -35,7 +34,6 @@ def tiles(dtype: torch.dtype, D: int, kilobytes: int) -> tuple[int, int, int, in
     return (128, 128, 8, 3) if D <= 64 else (128, 64, 8, 3) if D <= 128 else (64, 64, 8, 2)
 
 
-@cache
 def sparse_attention(
     q: Tensor,  # [B, Hq, M, D]
     k: Tensor,  # [B, Hkv, N, D]
