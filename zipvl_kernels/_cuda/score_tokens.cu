@@ -4,9 +4,10 @@
 // hence weights at once: a block walks a span of columns for a few heads, keys as rows of the product so that a
 // column's sum stays within four lanes. The last block of a span to finish adds what the others found, in fixed order.
 //
-// In both, a block of a multiprocessor has two pairs of warpgroups, which take the tiles of K in turn, each warpgroup
-// with 64 rows of the product, so that one pair's exponentials run under the other's products. Of the fifth warpgroup a
-// thread copies tiles of K ahead of them (TMA), and three warps gather the queries of the next head.
+// In both, a block of a multiprocessor has two pairs of warpgroups, which share out the tiles of K, each warpgroup with
+// 64 rows of the product, so that one pair's exponentials run under the other's products. (Nothing makes them alternate:
+// that was measured, and slower.) Of the fifth warpgroup a thread copies tiles of K ahead of them (TMA), and three warps
+// gather the queries of the next head.
 //
 // Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16.
 
@@ -116,19 +117,15 @@ __device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at
     }
 }
 
-// S [64, 128] of the ring's tile `n`: this half of its rows with the queries, or this half of the queries with it. The
-// pairs issue in turn, and the next one may as soon as this one has, since products are worked off in order.
+// S [64, 128] of the ring's tile `n`: this half of its rows with the queries, or this half of the queries with it.
 __device__ __forceinline__ void multiply_tile(float (&s)[64], Shared& sh, u32 k_at, u32 q_at, int half, bool keys_as_rows, u32 n) {
-    const int MY_TURN = 1 + n % 2, OTHERS_TURN = 2 - n % 2;  // named barriers
     u32 stage = n % STAGES, k = k_at + stage * TILE_BYTES, below = half * ROWS * 128;
     wait(sh.full[stage], n / STAGES & 1);
-    if (n) sync_threads<WORKERS>(MY_TURN);
     pin(s);
     wgmma_fence();
     // The same in all lanes, and so that the compiler knows it: descriptors then stay in uniform registers.
     k = __shfl_sync(~0u, k, 0), q_at = __shfl_sync(~0u, q_at, 0), below = __shfl_sync(~0u, below, 0);
     issue_scores<TILE_BAND>(s, (keys_as_rows ? k : q_at) + below, keys_as_rows ? q_at : k);
-    pass_turn<WORKERS>(OTHERS_TURN);
     wgmma_wait<0>();
     pin(s);
     if (threadIdx.x % 32 == 0) arrive(sh.empty[stage]);
@@ -289,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) column_sums(const __gri
         float s[64];
         for (int i = 0; i < items; ++i) {
             wait(sh.q_full[i % 2], i / 2 & 1);
-            for (int tile = (pair + i * tiles) % 2; tile < tiles; tile += 2) {
+            for (int tile = pair; tile < tiles; tile += 2) {  // always the same pair's: its sums have one writer
                 multiply_tile(s, sh, base + K_AT, base + Q_AT + i % 2 * TILE_BYTES, half, true, i * tiles + tile);
                 int row = tile * TILE + r;
                 add_weights(s, sh.less[i], sh.at + i % blocks * TILE, begin + row, p.scale, sh.sums + row);
