@@ -1,6 +1,7 @@
 """Time of each kernel in one `zipvl_prefill_`: `python bench/prefill_kernels.py`. Needs a GPU.
 
-Eager calls under torch's profiler, inputs warm in L2, so the kernels' sum is not the time of a replayed graph.
+Eager calls under torch's profiler, inputs warm in L2, so the kernels' sum is not the time of a replayed graph. On
+Hopper a kernel starts under the one before it, and its time then includes how long it waits for that one's end.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def run(machine, examples, steps, phases=tuple(hypothesis.Phase)):
 
 
 def test_nothing_is_lost():
-    run(Engine, examples=40, steps=30)
+    run(Engine, examples=100, steps=30)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")

@@ -48,16 +48,6 @@ __device__ __forceinline__ int used_rows(const Params& p, int b, int kv) {
     return min(max(p.used[b * p.used_b + kv * p.used_h], 0), p.N);
 }
 
-__device__ __forceinline__ void load_keys(u32 to, const TensorMap& map, u64& full, int row, int kv, int b) {
-#pragma unroll
-    for (int band = 0; band < BANDS; ++band)
-        asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
-            "[%6];" ::"r"(to + band * KEYS_BAND),
-            "l"(&map), "r"(band * BAND), "r"(row), "r"(kv), "r"(b), "r"(shared_address(&full))
-            : "memory");
-}
-
 // Four 8 x 8 matrices, lane i holding two columns of row i / 4 of each; a lane gives the address of one of their rows.
 __device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -128,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) attend_splits(cons
                 wait(sh.empty[stage], i / STAGES & 1 ^ 1);
                 arrive_expecting(sh.full[stage], 2 * KEYS_BYTES);
                 u32 to = base + stage * 2 * KEYS_BYTES;
-                load_keys(to, p.k, sh.full[stage], begin + i * KEYS, kv, b);
-                load_keys(to + KEYS_BYTES, p.v, sh.full[stage], begin + i * KEYS, kv, b);
+                load_bands<KEYS_BAND>(to, p.k, sh.full[stage], begin + i * KEYS, kv, b);
+                load_bands<KEYS_BAND>(to + KEYS_BYTES, p.v, sh.full[stage], begin + i * KEYS, kv, b);
             }
         return;
     }

@@ -105,15 +105,21 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-__device__ __forceinline__ void load_tile(u32 to, const TensorMap& map, u64& full, int row, int head, int b) {
-    arrive_expecting(full, TILE_BYTES);
+// The rows of one of the map's boxes, each band of them in so many bytes; `full` has to expect them.
+template <u32 BYTES>
+__device__ __forceinline__ void load_bands(u32 to, const TensorMap& map, u64& full, int row, int head, int b) {
 #pragma unroll
     for (int band = 0; band < BANDS; ++band)
         asm volatile(
             "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
-            "[%6];" ::"r"(to + band * TILE_BAND),
+            "[%6];" ::"r"(to + band * BYTES),
             "l"(&map), "r"(band * BAND), "r"(row), "r"(head), "r"(b), "r"(shared_address(&full))
             : "memory");
+}
+
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap& map, u64& full, int row, int head, int b) {
+    arrive_expecting(full, TILE_BYTES);
+    load_bands<TILE_BAND>(to, map, full, row, head, b);
 }
 
 // --- tensor cores --------------------------------------------------------------------------------------------------
