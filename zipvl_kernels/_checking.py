@@ -5,6 +5,7 @@ that names the sequence, and the page where there is one, before anything is wri
 """
 
 import os
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -12,6 +13,18 @@ from torch import Tensor
 def enabled() -> bool:
     """Whether the environment asks for them, now."""
     return os.environ.get("ZIPVL_CHECK") == "1"
+
+
+def sequences(cu_seqlens: Tensor, T: int, max_seqlen: int | None) -> None:
+    """Packed sequences: the first begins at row 0, each ends where the next begins, at most `max_seqlen` rows on."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens: expected sequence 0 to begin at row 0, got {bounds[0]}")
+    for b, (begin, end) in enumerate(pairwise(bounds)):
+        if not begin <= end <= T:
+            raise ValueError(f"cu_seqlens: sequence {b} begins at row {begin} and ends at {end}, of {T} rows")
+        if max_seqlen is not None and end - begin > max_seqlen:
+            raise ValueError(f"max_seqlen: sequence {b} has {end - begin} rows, more than {max_seqlen}")
 
 
 def pages(block_table: Tensor, seqused_k: Tensor, pool: Tensor, layout: str) -> list[list[int]]:

@@ -1,6 +1,8 @@
 """Checks of arguments: each raises TypeError or ValueError that names the argument, what was expected and what came."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +122,77 @@ def paged_selection(indices: Tensor, counts: Tensor, B: int, Hkv: int, device: t
     G = indices.shape[1]
     int32("counts", counts, device, (B, G), meaning="[B, G]")
     return G
+
+
+def layers(**given: Any) -> tuple[list[Tensor], ...]:
+    """One tensor for each of as many layers in each of `given`; alike in shape, strides, dtype and device."""
+    (first, some), *_ = given.items()
+    for name, tensors in given.items():
+        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+            raise TypeError(f"{name}: expected a sequence of tensors like {first}, got {type(tensors).__name__}")
+        if len(tensors) != len(some) or not tensors:
+            raise ValueError(f"{name}: expected a tensor of each layer, as many as {first} has, got {len(tensors)}")
+        for i, x in enumerate(tensors):
+            _tensor(f"{name}[{i}]", x)
+            like = tensors[0]
+            if (x.shape, x.stride(), x.dtype, x.device) != (like.shape, like.stride(), like.dtype, like.device):
+                raise ValueError(
+                    f"{name}[{i}]: expected shape, strides, dtype and device of {name}[0], {_shape(like)}, "
+                    f"{like.stride()}, {like.dtype} and {like.device}, got {_shape(x)}, {x.stride()}, {x.dtype} "
+                    f"and {x.device}"
+                )
+    return tuple(list(tensors) for tensors in given.values())
+
+
+def own_memory_of_layers(suffix: str = "", **given: list[Tensor]) -> None:
+    """No tensor of `given`, whose names get `suffix`, twice."""
+    seen: dict[int, str] = {}
+    for name, tensors in given.items():
+        for i, x in enumerate(tensors):
+            here = f"{name}{suffix}[{i}]"
+            if seen.setdefault(id(x), here) != here:
+                raise ValueError(f"{here}: expected a buffer of its own, got the same tensor as {seen[id(x)]}")
+
+
+def not_packed(**given: Tensor | None) -> None:
+    """None of `given` goes with `cu_seqlens`."""
+    for name, x in given.items():
+        if x is not None:
+            raise ValueError(f"{name}: expected None with cu_seqlens, which says where sequences begin and end")
+
+
+def packed_pair(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
+    """`k, v [T, Hkv, D]` with int32 `cu_seqlens [B + 1]` and `max_seqlen` of at least 0; returns `B`."""
+    for name, x, like in (("k", k, k), ("v", v, k)):
+        _tensor(name, x)
+        if x.dim() != 3 or 0 in x.shape[1:]:
+            raise ValueError(f"{name}: expected [T, Hkv, D] with cu_seqlens, got shape {_shape(x)}")
+        if x.dtype not in _FLOATS or x.dtype != like.dtype:
+            wanted = "float16, bfloat16 or float32" if x is like else f"{like.dtype} like k"
+            raise TypeError(f"{name}: expected {wanted}, got {x.dtype}")
+        if x.device != like.device:
+            raise ValueError(f"{name}: expected a tensor on {like.device} like k, got one on {x.device}")
+        if x.stride(2) != 1 and x.shape[2] > 1:
+            raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()} for shape {_shape(x)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected the shape of k, {_shape(k)}, got {_shape(v)}")
+    if cu_seqlens is None or max_seqlen is None:
+        given, missing = ("max_seqlen", "cu_seqlens") if cu_seqlens is None else ("cu_seqlens", "max_seqlen")
+        raise ValueError(f"{missing}: expected with {given}, got None")
+    _tensor("cu_seqlens", cu_seqlens)
+    sequences = cu_seqlens.shape[0] - 1 if cu_seqlens.dim() == 1 else 0
+    int32("cu_seqlens", cu_seqlens, k.device, (max(0, sequences) + 1,), meaning="[B + 1]")
+    whole_number("max_seqlen", max_seqlen)
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen: expected at least 0, got {max_seqlen}")
+    return sequences
+
+
+def packed_selection(indices: Tensor, counts: Tensor, k: Tensor, B: int) -> None:
+    """`indices [G, T]` and `counts [B, G]` for `k [T, Hkv, D]`."""
+    T, Hkv = k.shape[:2]
+    int32("indices", indices, k.device, (1, T), (Hkv, T), meaning="[G, T] with G = 1 or Hkv")
+    int32("counts", counts, k.device, (B, indices.shape[0]), meaning="[B, G]")
 
 
 def scores(accumulated: Tensor, normalized: Tensor) -> None:
