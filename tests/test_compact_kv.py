@@ -222,6 +222,7 @@ def test_catches_a_copy_in_the_wrong_order():
 
 
 k, v, indices, counts = tensors()
+BATCH = {"k": k, "v": v, "indices": indices, "counts": counts}
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_errors_before_anything_is_written(error, match, changed):
 @pytest.mark.parametrize(
     ("error", "match", "changed"),
     [
-        (ValueError, r"k: .*\[T, Hkv, D\] with cu_seqlens.*\[2, 2, 9, 4\]", {"k": k}),
+        (ValueError, r"k: .*\[rows, heads, head dim\] with cu_seqlens.*\[2, 2, 9, 4\]", {"k": k}),
         (TypeError, "k: .*int64", {"k": packed()["k"].long()}),
         (ValueError, r"v: .*shape of k.*\[9, 2, 4\]", {"v": packed()["v"][1:]}),
         (ValueError, "v: .*buffer of its own", {"v": packed()["k"], "k": None}),
@@ -260,7 +261,12 @@ def test_errors_before_anything_is_written(error, match, changed):
         (ValueError, r"counts: .*\[3, 1\].*\[2, 1\]", {"counts": packed()["counts"][1:]}),
         (ValueError, r"dst_start: .*None with cu_seqlens", {"dst_start": counts[:, 0]}),
         (ValueError, "max_seqlen: .*with cu_seqlens", {"max_seqlen": None}),
-        (ValueError, "cu_seqlens: .*with max_seqlen", {"cu_seqlens": None}),
+        (ValueError, "k: .*with cu_seqlens.*10, 2, 4", {"cu_seqlens": None}),
+        (
+            ValueError,
+            "max_seqlen: .*None without cu_seqlens",
+            {"cu_seqlens": None, **BATCH},
+        ),
         (TypeError, "cu_seqlens: .*int32.*int64", {"cu_seqlens": packed()["cu_seqlens"].long()}),
         (ValueError, r"cu_seqlens: .*\[B \+ 1\].*\[4, 1\]", {"cu_seqlens": packed()["cu_seqlens"][:, None]}),
         (ValueError, "max_seqlen: .*at least 0.*-1", {"max_seqlen": -1}),
@@ -295,10 +301,10 @@ def test_errors_of_layers(error, match, changed):
 @pytest.mark.parametrize(
     ("match", "changed"),
     [
-        ("sequence 0 to begin at row 0, got 1", {"cu_seqlens": [1, 4, 4, 9]}),
-        ("sequence 1 begins at row 5 and ends at 4", {"cu_seqlens": [0, 5, 4, 9]}),
-        ("sequence 2 begins at row 4 and ends at 11, of 10 rows", {"cu_seqlens": [0, 4, 4, 11]}),
-        ("sequence 2 has 5 rows, more than 4", {"max_seqlen": 4}),
+        ("sequence 0 to start at row 0, got 1", {"cu_seqlens": [1, 4, 4, 9]}),
+        ("sequence 1 starts at row 5 and ends before it, at 4", {"cu_seqlens": [0, 5, 4, 9]}),
+        ("sequence 2 ends at row 11, and there are 10 rows", {"cu_seqlens": [0, 4, 4, 11]}),
+        ("sequence 2 has length 5, which is more than 4", {"max_seqlen": 4}),
     ],
 )
 def test_checking(monkeypatch, match, changed):
@@ -313,7 +319,7 @@ def test_checking(monkeypatch, match, changed):
 def test_registration_packed_and_of_layers():
     given = packed()
     one = [given[name] for name in ("k", "v", "indices", "counts")]
-    rest = (None, given["cu_seqlens"], 5, "auto")
+    rest = (None, "auto", given["cu_seqlens"], 5)
     torch.library.opcheck(torch.ops.zipvl.compact_kv_.default, (*one, *rest))
     two = [[x.clone(), x.clone()] for x in one]
     torch.library.opcheck(torch.ops.zipvl.compact_kv_layers_.default, (*two, *rest))
@@ -335,7 +341,7 @@ def test_compiles_packed_and_of_layers(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_registration(dtype):
-    arguments = (*tensors(dtype=dtype), torch.ones(2, dtype=torch.int32), None, None, "auto")
+    arguments = (*tensors(dtype=dtype), torch.ones(2, dtype=torch.int32), "auto")
     torch.library.opcheck(torch.ops.zipvl.compact_kv_.default, arguments)
 
 

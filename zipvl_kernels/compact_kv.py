@@ -45,13 +45,13 @@ def compact_kv_(
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
     if isinstance(k, Tensor):
-        _check(k, v, indices, counts, dst_start, cu_seqlens, max_seqlen)
-        _compact_kv_(k, v, indices, counts, dst_start, cu_seqlens, max_seqlen, backend)
+        max_seqlen = _check(k, v, indices, counts, dst_start, cu_seqlens, max_seqlen)
+        _compact_kv_(k, v, indices, counts, dst_start, backend, cu_seqlens, max_seqlen)
         return
     layers = _validate.layers(k=k, v=v, indices=indices, counts=counts)
     _validate.own_memory_of_layers(k=layers[0], v=layers[1])
-    _check(layers[0][0], layers[1][0], layers[2][0], layers[3][0], dst_start, cu_seqlens, max_seqlen)
-    _compact_kv_layers_(*layers, dst_start, cu_seqlens, max_seqlen, backend)
+    max_seqlen = _check(layers[0][0], layers[1][0], layers[2][0], layers[3][0], dst_start, cu_seqlens, max_seqlen)
+    _compact_kv_layers_(*layers, dst_start, backend, cu_seqlens, max_seqlen)
 
 
 def _check(
@@ -62,17 +62,17 @@ def _check(
     dst_start: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-) -> None:
-    """Of one layer."""
-    if cu_seqlens is None and max_seqlen is None:
-        _validate.pair(k, v)
+) -> int | None:
+    """Of one layer; returns `max_seqlen` as backends take it."""
+    _validate.pair(k, v, packed=cu_seqlens is not None)
+    _validate.own_memory(k, v)
+    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, k.shape[0], k.device, dst_start=dst_start)
+    if cu_seqlens is not None:
+        _validate.packed_selection(indices, counts, k, cu_seqlens)
+    else:
         _validate.selection(indices, counts, k)
         _validate.per_sequence(k, dst_start=dst_start)
-    else:
-        _validate.not_packed(dst_start=dst_start)
-        B = _validate.packed_pair(k, v, cu_seqlens, max_seqlen)
-        _validate.packed_selection(indices, counts, k, B)
-    _validate.own_memory(k, v)
+    return max_seqlen
 
 
 def _fake(*args: object) -> None:
@@ -80,8 +80,8 @@ def _fake(*args: object) -> None:
 
 
 @operator(
-    "compact_kv_(Tensor(a!) k, Tensor(b!) v, Tensor indices, Tensor counts, Tensor? dst_start, Tensor? cu_seqlens, "
-    "SymInt? max_seqlen, str backend) -> ()",
+    "compact_kv_(Tensor(a!) k, Tensor(b!) v, Tensor indices, Tensor counts, Tensor? dst_start, str backend, "
+    "Tensor? cu_seqlens=None, SymInt? max_seqlen=None) -> ()",
     _fake,
 )
 def _compact_kv_(
@@ -90,12 +90,12 @@ def _compact_kv_(
     indices: Tensor,
     counts: Tensor,
     dst_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
     backend: str,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> None:
     if cu_seqlens is not None and _checking.enabled():
-        _checking.sequences(cu_seqlens, k.shape[0], max_seqlen)
+        _checking.sequences(cu_seqlens, max_seqlen, len(k))
     resolve("compact_kv_", backend, k.device.type)(
         k, v, indices, counts, dst_start=dst_start, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
     )
@@ -103,7 +103,7 @@ def _compact_kv_(
 
 @operator(
     "compact_kv_layers_(Tensor(a!)[] k, Tensor(b!)[] v, Tensor[] indices, Tensor[] counts, Tensor? dst_start, "
-    "Tensor? cu_seqlens, SymInt? max_seqlen, str backend) -> ()",
+    "str backend, Tensor? cu_seqlens=None, SymInt? max_seqlen=None) -> ()",
     _fake,
 )
 def _compact_kv_layers_(
@@ -112,12 +112,12 @@ def _compact_kv_layers_(
     indices: list[Tensor],
     counts: list[Tensor],
     dst_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
     backend: str,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> None:
     if cu_seqlens is not None and _checking.enabled():
-        _checking.sequences(cu_seqlens, k[0].shape[0], max_seqlen)
+        _checking.sequences(cu_seqlens, max_seqlen, len(k[0]))
     resolve("compact_kv_", backend, k[0].device.type)(
         k, v, indices, counts, dst_start=dst_start, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
     )

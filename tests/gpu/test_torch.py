@@ -14,7 +14,7 @@ N = 2880 if REAL else 40
 POSITIONS = {
     "score_tokens": ("scale", "q_start", "leftpad_k", "seqused_k", "pool"),
     "select_tokens": ("tau", "keep_ratio", "keep_first", "keep_recent", "leftpad_k", "seqused_k"),
-    "compact_kv_": ("dst_start", "cu_seqlens", "max_seqlen"),
+    "compact_kv_": ("dst_start",),
     "sparse_attention": ("scale", "q_start", "kv_compacted"),
     "decode_attention": ("scale",),
     "zipvl_prefill_": (

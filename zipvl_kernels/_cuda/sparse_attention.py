@@ -31,8 +31,12 @@ def lacks(
     scale: float | None = None,
     q_start: Tensor | None = None,
     kv_compacted: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
+    if cu_seqlens is not None:
+        return "cu_seqlens: expected None, got packed sequences"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[3] not in STAGES:
@@ -61,6 +65,8 @@ def sparse_attention(
     scale: float | None = None,
     q_start: Tensor | None = None,  # int32 [B]
     kv_compacted: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
     return launch(q, k, v, indices, counts, scale, q_start)
