@@ -17,7 +17,7 @@ computation in the same dtype, plus what one rounding can change; see `zipvl_ref
 """
 
 from zipvl_reference.testing.compact_kv import check_compact_kv, check_compact_kv_of_layers, check_packed_compact_kv
-from zipvl_reference.testing.compact_paged_kv import check_compact_paged_kv
+from zipvl_reference.testing.compact_paged_kv import check_compact_paged_kv, check_compact_paged_kv_of_layers
 from zipvl_reference.testing.decode_attention import check_decode_attention, check_paged_decode_attention
 from zipvl_reference.testing.probe_rows import check_probe_rows
 from zipvl_reference.testing.score_tokens import check_score_tokens
@@ -29,6 +29,7 @@ __all__ = [
     "check_compact_kv",
     "check_compact_kv_of_layers",
     "check_compact_paged_kv",
+    "check_compact_paged_kv_of_layers",
     "check_decode_attention",
     "check_packed_compact_kv",
     "check_paged_decode_attention",
