@@ -10,12 +10,15 @@ from threading import Lock
 import torch
 from cupy.cuda import driver, nvrtc, runtime
 from cupy.cuda.function import Function, Module
+from torch import Tensor
 
 from zipvl_kernels._streams import current_device, current_stream
 
 __all__ = [
     "Launch",
+    "address",
     "allow_shared",
+    "as_batch",
     "capability",
     "check",
     "current_device",
@@ -43,6 +46,16 @@ def capability(device: torch.device) -> tuple[int, int]:
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def address(x: Tensor | None) -> int:
+    """Where `x` lies, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def as_batch(x: Tensor) -> Tensor:
+    """`[T, H, D]`, sequences one after the other, as a batch of one, `[1, H, T, D]`."""
+    return x.transpose(0, 1)[None]
 
 
 def load(name: str, architecture: str, device: torch.device, **defined: int) -> Function:
