@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _validate
+from zipvl_kernels import _checking, _validate
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -19,6 +19,8 @@ def score_tokens(
     seqused_k: Tensor | None = None,
     pool: str = "layer",
     backend: str = "auto",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probe rows' attention (ZipVL, arXiv 2410.08584: accumulated and normalised attention scores).
 
@@ -26,29 +28,36 @@ def score_tokens(
     padding, or a row number outside `[0, M)`, contributes nothing.
 
     Args:
-        q: `[B, Hq, M, D]`, fp16, bf16 or fp32.
-        k: `[B, Hkv, N, D]`, as `q`.
-        probe_rows: int32 `[P]` or `[B, P]`, row numbers of `q`.
+        q: `[B, Hq, M, D]`, fp16, bf16 or fp32; packed `[T, Hq, D]`.
+        k: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`.
+        probe_rows: int32 `[P]` or `[B, P]`, row numbers of `q`, packed those within a sequence.
         scale: of the scores, default `D ** -0.5`.
         q_start: int32 `[B]`, the column of query row 0; default `N - M`.
         leftpad_k, seqused_k: int32 `[B]`, valid columns are `[leftpad_k, seqused_k)`; default `[0, N)`.
         pool: "layer" sums over all heads (`G = 1`), "kv_head" over the query heads of each KV head (`G = Hkv`).
         backend: "auto", "reference", "triton" or "cuda".
+        cu_seqlens, max_seqlen: int32 `[B + 1]` and a whole number, for packed sequences. The padding arguments and
+            `q_start` are then None.
 
     Returns:
-        `accumulated`, fp32 `[B, G, N]`: sum of `A` over the heads of the group and the probes.
-        `normalized`, fp32 `[B, G, N]`: `accumulated / (heads in the group * number of valid probes that see the
+        `accumulated`, fp32 `[B, G, N]`, packed `[G, T]`: sum of `A` over the heads of the group and the probes.
+        `normalized`, of the same shape: `accumulated / (heads in the group * number of valid probes that see the
         column)`, 0 where none does.
 
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.heads(q=q, k=k)
-    _validate.probe_numbers(probe_rows, q.shape[0], q.device)
+    _validate.heads(q=q, k=k, packed=cu_seqlens is not None)
+    places = {"q_start": q_start, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
+    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
+    B = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _validate.probe_numbers(probe_rows, B, q.device)
     _validate.scale(scale)
-    _validate.per_sequence(q, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
+    _validate.per_sequence(q, **places)
     _validate.pool(pool)
-    scores: tuple[Tensor, Tensor] = _score_tokens(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, backend)
+    scores: tuple[Tensor, Tensor] = _score_tokens(
+        q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, backend, cu_seqlens, max_seqlen
+    )
     return scores
 
 
@@ -62,15 +71,18 @@ def _fake(
     seqused_k: Tensor | None,
     pool: str,
     backend: str,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     G = 1 if pool == "layer" else k.shape[1]
-    accumulated = q.new_empty((q.shape[0], G, k.shape[2]), dtype=torch.float32)
+    shape = (q.shape[0], G, k.shape[2]) if cu_seqlens is None else (G, q.shape[0])
+    accumulated = q.new_empty(shape, dtype=torch.float32)
     return accumulated, torch.empty_like(accumulated)
 
 
 @operator(
     "score_tokens(Tensor q, Tensor k, Tensor probe_rows, float? scale, Tensor? q_start, Tensor? leftpad_k, "
-    "Tensor? seqused_k, str pool, str backend) -> (Tensor, Tensor)",
+    "Tensor? seqused_k, str pool, str backend, Tensor? cu_seqlens=None, SymInt? max_seqlen=None) -> (Tensor, Tensor)",
     _fake,
 )
 def _score_tokens(
@@ -83,9 +95,22 @@ def _score_tokens(
     seqused_k: Tensor | None,
     pool: str,
     backend: str,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is not None and _checking.enabled():
+        _checking.sequences(cu_seqlens, max_seqlen, q.shape[0])
     implementation = resolve("score_tokens", backend, q.device.type)
     scores: tuple[Tensor, Tensor] = implementation(
-        q, k, probe_rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool
+        q,
+        k,
+        probe_rows,
+        scale=scale,
+        q_start=q_start,
+        leftpad_k=leftpad_k,
+        seqused_k=seqused_k,
+        pool=pool,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
     )
     return scores

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from zipvl_kernels import _validate
+from zipvl_kernels import _checking, _validate
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -18,33 +18,42 @@ def sparse_attention(
     q_start: Tensor | None = None,
     kv_compacted: bool = False,
     backend: str = "auto",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Causal softmax attention among the tokens of the set (ZipVL, arXiv 2410.08584: sparse attention of the prefill).
 
     A query row whose column is in the set attends over the set's columns at or before it. Every other row is exactly 0.
 
     Args:
-        q: `[B, Hq, M, D]`, fp16, bf16 or fp32.
-        k, v: `[B, Hkv, N, D]`, as `q`.
-        indices: int32 `[B, G, N]`, the set's columns, ascending; `G` is 1 or `Hkv`. Entries past `counts` are not read.
+        q: `[B, Hq, M, D]`, fp16, bf16 or fp32; packed `[T, Hq, D]`.
+        k, v: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`.
+        indices: int32 `[B, G, N]`, packed `[G, T]`, the set's columns, ascending; `G` is 1 or `Hkv`. Entries past
+            `counts` are not read.
         counts: int32 `[B, G]`, how many columns are in the set.
         scale: of the scores, default `D ** -0.5`.
         q_start: int32 `[B]`, the column of query row 0; default `N - M` with the `N` of `indices`.
         kv_compacted: rows `[0, counts)` of `k, v` already hold the set in order. Their number of rows may then differ
-            from `N`, as long as it is at least the largest count.
+            from `N`, as long as it is at least the largest count. Packed, these are the first of each sequence's rows.
         backend: "auto", "reference", "triton" or "cuda".
+        cu_seqlens, max_seqlen: int32 `[B + 1]` and a whole number, for packed sequences. `q_start` is then None.
 
     Returns:
-        `[B, Hq, M, D]`, dtype of `q`.
+        Shape and dtype of `q`.
 
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.heads(q=q, k=k, v=v)
-    _validate.selection(indices, counts, k, any_width=kv_compacted)
+    _validate.heads(q=q, k=k, v=v, packed=cu_seqlens is not None)
+    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, q_start=q_start)
+    if cu_seqlens is None:
+        _validate.selection(indices, counts, k, any_width=kv_compacted)
+    else:
+        _validate.packed_selection(indices, counts, k, cu_seqlens)
     _validate.scale(scale)
     _validate.per_sequence(q, q_start=q_start)
-    out: Tensor = _sparse_attention(q, k, v, indices, counts, scale, q_start, kv_compacted, backend)
+    options = scale, q_start, kv_compacted, backend, cu_seqlens, max_seqlen
+    out: Tensor = _sparse_attention(q, k, v, indices, counts, *options)
     return out
 
 
@@ -54,7 +63,7 @@ def _fake(q: Tensor, *rest: object) -> Tensor:
 
 @operator(
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, float? scale, Tensor? q_start, "
-    "bool kv_compacted, str backend) -> Tensor",
+    "bool kv_compacted, str backend, Tensor? cu_seqlens=None, SymInt? max_seqlen=None) -> Tensor",
     _fake,
 )
 def _sparse_attention(
@@ -67,7 +76,22 @@ def _sparse_attention(
     q_start: Tensor | None,
     kv_compacted: bool,
     backend: str,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
+    if cu_seqlens is not None and _checking.enabled():
+        _checking.sequences(cu_seqlens, max_seqlen, q.shape[0])
     implementation = resolve("sparse_attention", backend, q.device.type)
-    out: Tensor = implementation(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=kv_compacted)
+    out: Tensor = implementation(
+        q,
+        k,
+        v,
+        indices,
+        counts,
+        scale=scale,
+        q_start=q_start,
+        kv_compacted=kv_compacted,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+    )
     return out

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zipvl_reference.packed import Packed
 from zipvl_reference.sparse_attention import fp32_copy
 
 TILE = 4096  # key columns scored at a time, so that no P x N score matrix is ever stored
@@ -18,8 +19,18 @@ def score_tokens(
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
     pool: str = "layer",
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
+    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`.
+
+    With `cu_seqlens` of packed `q [T, Hq, D]` and `k [T, Hkv, D]`, `[G, T]`.
+    """
+    if cu_seqlens is not None:
+        packed = Packed(cu_seqlens, max_seqlen, q.shape[0])
+        padded = packed.heads(q), packed.heads(k), probe_rows
+        a, n = score_tokens(*padded, scale=scale, seqused_k=packed.lengths, pool=pool)
+        return packed.packed_groups(a), packed.packed_groups(n)
     (B, Hq, M, D), Hkv, N = q.shape, k.shape[1], k.shape[2]
     scale = D**-0.5 if scale is None else scale
     heads = Hq if pool == "layer" else Hq // Hkv  # that share a group

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from zipvl_reference.packed import Packed
+
 ROWS = 1024  # query rows at a time, so that memory grows with N and not with its square
 
 
@@ -16,8 +18,19 @@ def sparse_attention(
     scale: float | None = None,
     q_start: Tensor | None = None,  # int32 [B]
     kv_compacted: bool = False,
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
 ) -> Tensor:
-    """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
+    """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere.
+
+    With `cu_seqlens` of packed `q [T, Hq, D]`, `k, v [T, Hkv, D]` and `indices [G, T]`.
+    """
+    if cu_seqlens is not None:
+        packed = Packed(cu_seqlens, max_seqlen, q.shape[0])
+        q, k, v, indices = packed.heads(q), packed.heads(k), packed.heads(v), packed.groups(indices)
+        counts = counts.minimum(packed.lengths[:, None])
+        out = sparse_attention(q, k, v, indices, counts, scale=scale, kv_compacted=kv_compacted)
+        return packed.packed_heads(out)
     (B, Hq, M, D), (Hkv, N), C = q.shape, k.shape[1:3], indices.shape[-1]
     G, r = indices.shape[1], Hq // Hkv
     scale = D**-0.5 if scale is None else scale

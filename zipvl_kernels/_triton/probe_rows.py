@@ -18,6 +18,7 @@ def probe_rows(
     num_random: int = 64,
     seed: int = 0,
     device: torch.device | str | None = None,
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
 ) -> Tensor:
     """Ascending, distinct row numbers: the last `num_recent`, and `num_random` of the rest. int32 `[P]`."""
     recent, random = sizes(num_rows, num_recent, num_random)

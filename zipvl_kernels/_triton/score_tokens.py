@@ -42,6 +42,8 @@ def score_tokens(
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
     pool: str = "layer",
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
     config = (*tiles(q.dtype, q.shape[3]), *programs(k.shape[2]))

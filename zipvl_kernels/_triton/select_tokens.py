@@ -26,6 +26,8 @@ def select_tokens(
     keep_recent: int = 1,
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Ascending columns of the kept set, then -1, int32 `[B, G, N]`; how many there are, int32 `[B, G]`."""
     B, G, N = accumulated.shape

@@ -44,6 +44,8 @@ def sparse_attention(
     scale: float | None = None,
     q_start: Tensor | None = None,  # int32 [B]
     kv_compacted: bool = False,
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
     config = tiles(q.dtype, q.shape[3], shared_kilobytes(q.device))
