@@ -79,7 +79,7 @@ def launch(
     if cu_seqlens is not None and max_seqlen is not None:
         packed = cu_seqlens.shape[0] - 1, max_seqlen
     counts = indices.new_empty((packed or shape)[0], shape[-2])
-    if not indices.numel() or packed and not min(packed):
+    if not indices.numel() or (packed and not min(packed)):
         return indices, counts.zero_()
     layout = shape, accumulated.stride(), normalized.stride()
     step = prepared(device, *layout, tau, keep_ratio, keep_first, keep_recent, packed, threads, blocks)

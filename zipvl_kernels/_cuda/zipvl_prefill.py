@@ -90,12 +90,12 @@ def zipvl_prefill_(
     k_map, v_map = encoded(k_at, half, k_shape, k_stride), encoded(v_at, half, k_shape, v_stride)
     scoring = k_map, q_at, at + rows, start, *padding, at + lse, at + partial, at + arrived, *scores
     with draw.lock:
-        draw.fill(at + rows, probe_rows.seed_key(seed))
+        draw.fill(at + rows, 0, probe_rows.seed_key(seed))
         row_sums.fill(*scoring)
         column_sums.fill(*scoring)
-        select.fill(*scores, *padding, *kept)
+        select.fill(*scores, *padding, *kept, 0)
         compact.fill(k_at, v_at, *kept, 0, zeroed)
-        attend.fill(k_map, v_map, q_at, out.data_ptr(), *kept, start, zeroed)
+        attend.fill(k_map, v_map, q_at, out.data_ptr(), *kept, start, zeroed, 0)
         for step in (draw, row_sums, column_sums, select, compact, attend):
             step.stream.value = stream
         status = draw.begin() or row_sums.start() or column_sums.start()
