@@ -18,7 +18,6 @@ __all__ = [
     "Launch",
     "address",
     "allow_shared",
-    "as_batch",
     "capability",
     "check",
     "current_device",
@@ -51,11 +50,6 @@ def multiprocessors(device: torch.device) -> int:
 def address(x: Tensor | None) -> int:
     """Where `x` lies, 0 for None."""
     return 0 if x is None else x.data_ptr()
-
-
-def as_batch(x: Tensor) -> Tensor:
-    """`[T, H, D]`, sequences one after the other, as a batch of one, `[1, H, T, D]`."""
-    return x.transpose(0, 1)[None]
 
 
 def load(name: str, architecture: str, device: torch.device, **defined: int) -> Function:

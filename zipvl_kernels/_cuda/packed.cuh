@@ -25,18 +25,22 @@ __device__ __forceinline__ Span span_of(const Packing& x, int b) {
     return {first, min(max(first_row(x, b + 1) - first, 0), x.most)};
 }
 
-// Where `every` rows share a place, and each sequence has `apart` (1 or more) of its own, those of sequence b begin here.
-// So T / every + B * apart places are enough for all, and nobody has to add up lengths.
-__device__ __forceinline__ int first_place(const Packing& x, int b, int every, int apart) {
-    return first_row(x, b) / every + b * apart;
+// Work shared out without adding up lengths: a place for every so many rows, and so many more for each sequence. All in
+// all that is T / every + B * apart, and a sequence of n rows has n / every + apart of them at least. `apart` is not 0.
+struct Places {
+    int every, apart;
+};
+
+__device__ __forceinline__ int first_place(const Packing& x, const Places& places, int b) {
+    return first_row(x, b) / places.every + b * places.apart;
 }
 
 // The sequence that a place belongs to, by 32 lanes: the last one that begins there or before.
-__device__ __forceinline__ int sequence_at(const Packing& x, int place, int every, int apart) {
+__device__ __forceinline__ int sequence_at(const Packing& x, const Places& places, int place) {
     int low = 0, high = x.B - 1;
     while (low < high) {
         int step = (high - low + 31) / 32, ahead = low + step * (threadIdx.x % 32 + 1);
-        bool before = ahead <= high && first_place(x, ahead, every, apart) <= place;
+        bool before = ahead <= high && first_place(x, places, ahead) <= place;
         low += step * __popc(__ballot_sync(~0u, before));
         high = min(low + step - 1, high);
     }

@@ -281,12 +281,14 @@ __device__ void serve_keys(const Params& p, Shared& sh, u32 k_at, u32 v_at) {
 // One warp of each block: rows that are not in the set become 0, 32 rows of up to ZERO_HEADS heads at a time.
 __device__ void clear_rows(const Params& p, int lane) {
     int heads = p.Hq / p.G, shares = (heads + ZERO_HEADS - 1) / ZERO_HEADS;
-    int blocks = PACKED ? p.T / 32 + p.B : (p.M + 31) / 32;  // of a sequence, or of all
+    Packing all = packing(p);
+    Places places = {32, 1};
+    int blocks = PACKED ? p.T / places.every + p.B * places.apart : (p.M + 31) / 32;  // of all sequences, or of one
     i64 jobs = (i64)(PACKED ? 1 : p.B) * p.G * blocks * shares;
     for (i64 t = blockIdx.x; t < jobs; t += gridDim.x) {
         int share = t % shares, set = t / shares / blocks, b = set / p.G, g = set % p.G, block = t / shares % blocks;
-        if (PACKED) b = sequence_at(packing(p), block, 32, 1), block -= first_place(packing(p), b, 32, 1);
-        int first = block * 32, rows = span_of(packing(p), b).rows;
+        if (PACKED) b = sequence_at(all, places, block), block -= first_place(all, places, b);
+        int first = block * 32, rows = span_of(all, b).rows;
         if (PACKED && (first < 0 || first >= rows)) continue;
         int column = first + start_of(p, b), count = count_of(p, b, g);
         const int* columns = columns_of(p, b, g);

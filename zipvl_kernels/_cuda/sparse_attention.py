@@ -9,6 +9,7 @@ from cupy.cuda.function import Function
 from torch import Tensor
 
 from zipvl_kernels._cuda import common
+from zipvl_kernels._cuda.packed import as_batch
 from zipvl_kernels._cuda.tensor_map import lacks as no_copies
 from zipvl_kernels._cuda.tensor_map import tensor_map
 from zipvl_kernels._tickets import tickets
@@ -92,7 +93,7 @@ def launch(
     packed = None
     if cu_seqlens is not None and max_seqlen is not None:
         packed = counts.shape[0], max_seqlen
-        q, k, v, indices = common.as_batch(q), common.as_batch(k), common.as_batch(v), indices[None]
+        q, k, v, indices = as_batch(q), as_batch(k), as_batch(v), indices[None]
     q_shape, k_shape, indices_shape = q.shape, k.shape, indices.shape
     if not out.numel() or not min(k_shape[2], indices_shape[2], *(packed or ())):
         return out.zero_()

@@ -88,7 +88,7 @@ def zipvl_prefill_(
     zeroed = tickets(device, counters).data_ptr()  # which each kernel leaves zero for the next one
     half, stream = dtype == torch.float16, common.current_stream(device)
     k_map, v_map = encoded(k_at, half, k_shape, k_stride), encoded(v_at, half, k_shape, v_stride)
-    scoring = k_map, q_at, at + rows, start, *padding, at + lse, at + partial, at + arrived, *scores
+    scoring = k_map, q_at, at + rows, start, *padding, at + lse, at + partial, at + arrived, *scores, 0
     with draw.lock:
         draw.fill(at + rows, 0, probe_rows.seed_key(seed))
         row_sums.fill(*scoring)
