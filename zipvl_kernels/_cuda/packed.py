@@ -13,7 +13,7 @@ def as_batch(x: Tensor) -> Tensor:
 
 
 def ways(sizes: Sequence[int], tile: int) -> list[tuple[int, int]]:
-    """Ways `(every, apart)` by which each sequence of `t` tiles, the last of them begun, has `sizes[t]` places or more."""
+    """Ways `(every, apart)` by which a sequence of `t` tiles, the last of them begun, has `sizes[t]` places or more."""
     longest = len(sizes) - 1
     aparts = {max(sizes), *(sizes[longest // fraction] for fraction in (1, 2, 4, 8, 16)), sizes[min(longest, 1)]}
     found = []

@@ -227,7 +227,7 @@ def _shares(device: torch.device, tiles: int, P: int, Hq: int, G: int, shares: t
 def _places(
     tiles: int, P: int, Hq: int, G: int, shares: tuple[int, int, int] | None
 ) -> tuple[int, int, int, list[tuple[int, int]], list[tuple[int, int]]]:
-    """For sequences of at most so many tiles: tiles of a block in each launch, most parts, and `ways` of each launch."""
+    """For sequences of so many tiles or fewer: tiles of a block in each launch, most parts, and `ways` of each."""
     plans = _plans(tiles, P, Hq, G, shares)
     row_tiles, column_tiles, _ = plans[-1]
     rows = [-(-t // row) for t, (row, _, _) in enumerate(plans)]
