@@ -94,7 +94,7 @@ def zipvl_prefill_(
         row_sums.fill(*scoring)
         column_sums.fill(*scoring)
         select.fill(*scores, *padding, *kept)
-        compact.fill(k_at, v_at, *kept, 0, zeroed)
+        compact.fill(k_at, v_at, *kept, 0, 0, zeroed)
         attend.fill(k_map, v_map, q_at, out.data_ptr(), *kept, start, zeroed)
         for step in (draw, row_sums, column_sums, select, compact, attend):
             step.stream.value = stream
