@@ -23,6 +23,9 @@ struct Index {
 struct int2 {
     int x, y;
 };
+struct uint2 {
+    unsigned x, y;
+};
 struct int4 {
     int x, y, z, w;
 };
@@ -115,9 +118,14 @@ static void run_grid(unsigned blocks, unsigned count, std::function<void()> kern
     }
 }
 
-#define RUN(kernel)                                                                        \
-    extern "C" void run_##kernel(unsigned blocks, unsigned threads, const void* p) {       \
-        run_grid(blocks, threads, [=] { kernel(*(const Params*)p); });                     \
+template <class Params>
+static void call(void (*kernel)(Params), const void* p) {
+    kernel(*(const Params*)p);
+}
+
+#define RUN(kernel)                                                                  \
+    extern "C" void run_##kernel(unsigned blocks, unsigned threads, const void* p) { \
+        run_grid(blocks, threads, [=] { call(kernel, p); });                         \
     }
 
 // --- what all threads of a block or warp do together ------------------------------------------------------------------
@@ -149,6 +157,17 @@ static T from_bits(unsigned long long bits) {
 }
 
 static void __syncwarp() { exchange(0); }
+
+static bool __syncthreads_or(bool mine) {
+    static bool any;
+    __syncthreads();
+    any |= mine;
+    __syncthreads();
+    bool found = any;
+    __syncthreads();
+    any = false;
+    return found;
+}
 
 static unsigned __ballot_sync(unsigned, bool mine) {
     auto slots = exchange(mine);
@@ -232,6 +251,7 @@ static void __stcs(T* at, T x) {
 }
 static void __threadfence() {}
 static int __popc(unsigned x) { return __builtin_popcount(x); }
+static int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 static int __ffs(unsigned x) { return __builtin_ffs(x); }
 static unsigned __float_as_uint(float x) { return as_bits(x); }
 static float __int_as_float(unsigned x) { return from_bits<float>(x); }
