@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._triton import common
-from zipvl_kernels._triton.common import dense, interpreting, shared_kilobytes
+from zipvl_kernels._triton.common import dense, interpreting, of_each, sequence, shared_kilobytes
 
 MAX_HEAD_DIM = 256
 ZERO_ROWS, ZERO_HEADS = 64, 8  # rows outside the set are cleared in blocks of so many, for so many heads
@@ -47,9 +47,12 @@ def sparse_attention(
     cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
-    config = tiles(q.dtype, q.shape[3], shared_kilobytes(q.device))
-    return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *config)
+    """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere.
+
+    With `cu_seqlens` of packed `q [T, Hq, D]`, `k, v [T, Hkv, D]` and `indices [G, T]`.
+    """
+    config = tiles(q.dtype, q.shape[-1], shared_kilobytes(q.device))
+    return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *config, cu_seqlens, max_seqlen)
 
 
 def launch(
@@ -65,14 +68,25 @@ def launch(
     block_n: int,
     num_warps: int,
     num_stages: int,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """The operator with tiles of a given size."""
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    T = q.shape[0]
+    if cu_seqlens is None:
+        out_strides = out.stride()[:3]
+    else:
+        out_strides = (0, out.stride(1), out.stride(0))
+        q, k, v = of_each(q, cu_seqlens), of_each(k, cu_seqlens), of_each(v, cu_seqlens)
+        indices = indices.expand(q.shape[0], -1, -1)
     B, Hq, M, D = q.shape
     Hkv, N = k.shape[1:3]
     G, C = indices.shape[1:]
-    if D > MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if max_seqlen is not None:
+        M = N = C = min(max_seqlen, T)
     if B == 0 or M == 0:
         return out
     most = min(C, N) if kv_compacted else C  # of a set
@@ -81,15 +95,17 @@ def launch(
     common.launch(
         _kernel,
         (attend + zero,),
-        (q, k, v, out, indices, counts, dense(q_start)),
+        (q, k, v, out, indices, counts, dense(q_start), dense(cu_seqlens)),
         (
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
+            *out_strides,
             *indices.stride(),
             *counts.stride(),
             (D**-0.5 if scale is None else scale) * math.log2(math.e),
             attend,
+            T,
             M,
             most,
             C - M,
@@ -122,6 +138,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     indices,  # [B, G, C]
     counts,  # [B, G]
     q_start,  # [B] or None
+    cu_seqlens,  # [B + 1] or None: q, k, v, out and indices are of all sequences
     q_b,
     q_h,
     q_m,
@@ -131,6 +148,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     v_b,
     v_h,
     v_n,
+    out_b,
+    out_h,
+    out_m,
     indices_b,
     indices_g,
     indices_n,
@@ -138,6 +158,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     counts_g,
     scale,  # in powers of two
     attend,  # how many programs attend; the rest clear rows
+    T,  # rows of all packed sequences
     M,
     most,  # a set's members at most
     default_start,
@@ -171,6 +192,14 @@ def _kernel(  # type: ignore[no-untyped-def]
         if q_start is not None:
             start = tl.load(q_start + b)
         columns = indices + b * indices_b + g.to(tl.int64) * indices_g
+        out += b * out_b
+        if cu_seqlens is not None:
+            begin, M = sequence(cu_seqlens, b, T, M)
+            if tl.max(row, 0) - ZERO_ROWS >= M - 1:
+                return
+            most = M
+            columns += begin * indices_n
+            out += begin * out_m
         count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), most)
         low = tl.zeros([ZERO_ROWS], tl.int32)  # [R], how many members stand before the row
         high = low + count
@@ -183,10 +212,10 @@ def _kernel(  # type: ignore[no-untyped-def]
         column = tl.load(columns + low.to(tl.int64) * indices_n, mask=low < count, other=-1)
         in_set = (low < count) & (column == row + start)  # [R]
         clear = (row < M) & (in_set == 0)
-        first = g * heads + share * ZERO_HEADS
+        first = (g * heads + share * ZERO_HEADS).to(tl.int64)
         nothing = tl.zeros([ZERO_ROWS, BLOCK_D], out.dtype.element_ty)
         for h in range(first, tl.minimum(first + ZERO_HEADS, (g + 1) * heads)):
-            place = out + ((b * Hq + h) * M + row)[:, None] * D + d  # [R, D]
+            place = out + h * out_h + row.to(tl.int64)[:, None] * out_m + d  # [R, D]
             tl.store(place, nothing, mask=clear[:, None] & (d < D))
         return
 
@@ -195,6 +224,19 @@ def _kernel(  # type: ignore[no-untyped-def]
     level = pid // Hq // B
     kv = h // (Hq // Hkv)
     g = kv % G
+    columns = indices + b * indices_b + g.to(tl.int64) * indices_g
+    q += b * q_b + h.to(tl.int64) * q_h
+    k += b * k_b + kv.to(tl.int64) * k_h
+    v += b * v_b + kv.to(tl.int64) * v_h
+    out += b * out_b + h.to(tl.int64) * out_h
+    if cu_seqlens is not None:
+        begin, M = sequence(cu_seqlens, b, T, M)
+        most = M
+        columns += begin * indices_n
+        q += begin * q_m
+        k += begin * k_n
+        v += begin * v_n
+        out += begin * out_m
     count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), most)
     tile = tl.cdiv(count, BLOCK_M) - 1 - level  # the last tile sees the most keys and goes first
     if tile < 0:
@@ -202,16 +244,12 @@ def _kernel(  # type: ignore[no-untyped-def]
     start = default_start
     if q_start is not None:
         start = tl.load(q_start + b)
-    columns = indices + b * indices_b + g.to(tl.int64) * indices_g
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M], number in the set
     row = tl.load(columns + i.to(tl.int64) * indices_n, mask=i < count, other=-1) - start
     here = (i < count) & (row >= 0) & (row < M)
     if tl.max(here.to(tl.int32), 0) == 0:  # none of the tile's queries is in this chunk
         return
 
-    q += b * q_b + h.to(tl.int64) * q_h
-    k += b * k_b + kv.to(tl.int64) * k_h
-    v += b * v_b + kv.to(tl.int64) * v_h
     Q = tl.load(q + row.to(tl.int64)[:, None] * q_m + d, mask=here[:, None] & (d < D), other=0)  # [M, D]
     if scale < 0:  # a positive scale lets the maximum be taken before scaling
         Q = (-Q.to(tl.float32)).to(Q.dtype)
@@ -262,5 +300,5 @@ def _kernel(  # type: ignore[no-untyped-def]
             largest = above
 
     result = (weighted / total[:, None]).to(out.dtype.element_ty)
-    place = out + ((b * Hq + h) * M + row)[:, None] * D + d
+    place = out + row.to(tl.int64)[:, None] * out_m + d
     tl.store(place, result, mask=here[:, None] & (d < D))
