@@ -208,7 +208,7 @@ def cuda(monkeypatch):
         for name in [name for name in sys.modules if name.startswith("zipvl_kernels._cuda")]:
             del sys.modules[name]
         operators = ("probe_rows", "score_tokens", "select_tokens", "compact_kv", "sparse_attention", "zipvl_prefill")
-        stems = ("common", "tensor_map", *operators)
+        stems = ("common", "tensor_map", "compact_paged_kv", *operators)
         found = {stem: importlib.import_module(f"zipvl_kernels._cuda.{stem}") for stem in stems}
     modules = SimpleNamespace(**found, launched=[])
     sizes = [56, 384, 384, 136, 168, 448]  # of the parameters, as the sources of the kernels assert
@@ -236,7 +236,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(modules.common, "_start", lambda: start)
     monkeypatch.setattr(modules.tensor_map, "libcuda", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
     counters = torch.zeros(1 << 16, dtype=torch.int32)
-    for user in (modules.compact_kv, modules.sparse_attention, modules.zipvl_prefill):
+    for user in (modules.compact_kv, modules.compact_paged_kv, modules.sparse_attention, modules.zipvl_prefill):
         monkeypatch.setattr(user, "tickets", lambda device, count: counters)
     kept, copies, contiguous = [], {}, torch.Tensor.contiguous
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: copies.setdefault(id(x), contiguous(x)))
