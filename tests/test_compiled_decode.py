@@ -1,8 +1,11 @@
 """A static cache: what the ragged one generates, by one compiled graph, tokens reselected between steps."""
 
+import re
+
 import pytest
 import torch
 from tiny_models import TEXT_FAMILIES, VISION_FAMILIES, inputs_for, tiny
+from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig
 from zipvl_adapters import Policy, ZipVLCache, ZipVLPolicy, ZipVLStaticCache, attach, enable
 
@@ -125,10 +128,15 @@ def test_inductor():
     policy = ZipVLPolicy(**SPARSE, recompress_interval=5)
     config = compile_config("inductor")
     want, theirs = ragged(kind, inputs, policy, **GREEDY)
-    out, ours = static(kind, inputs, policy, **GREEDY, compile_config=config)
+    with torch._inductor.config.patch(fx_graph_cache=False):  # a graph that is read from disk shows no code
+        (out, ours), codes = run_and_get_code(static, kind, inputs, policy, **GREEDY, compile_config=config)
     assert torch.equal(out, want)
     assert_same_cache(ours, theirs)
     assert graphs_and_breaks() == (1, 0)
+    made = {shape for code in codes for shape in re.findall(r"= empty_strided_cpu\((\(.*?\))", code)}
+    assert len(made) > 3
+    assert str(tuple(ours.layers[0].keys.shape)) not in made  # a step writes into the cache, and never into a copy
+    assert str(tuple(ours.layers[0].positions.shape)) not in made
 
 
 def test_nothing_moves_while_decoding():
