@@ -42,19 +42,19 @@ def graphs_and_breaks():
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def assert_same_cache(static_cache, ragged_cache):
+def assert_same_cache(static_cache, ragged_cache, atol=1e-5):
     """Lengths, true positions, keys and values of what is held."""
     assert int(static_cache.get_seq_length()) == ragged_cache.get_seq_length()
     for ours, theirs in zip(static_cache.layers, ragged_cache.layers, strict=True):
         assert torch.equal(ours.lens, theirs.lens)
         assert torch.equal(ours.anchor, theirs.anchor)
         rows = min(ours.keys.shape[2], theirs.keys.shape[2])
-        held = torch.arange(rows) < ours.lens[..., None]  # [B, G, rows]
+        held = torch.arange(rows, device=ours.lens.device) < ours.lens[..., None]  # [B, G, rows]
         assert torch.equal(ours.positions[..., :rows][held], theirs.positions[..., :rows][held])
         for name in ("keys", "values"):
             x, y = (getattr(layer, name)[:, :, :rows] for layer in (ours, theirs))
             shown = held.repeat_interleave(x.shape[1] // held.shape[1], 1)
-            torch.testing.assert_close(x[shown], y[shown], rtol=0, atol=1e-5)
+            torch.testing.assert_close(x[shown], y[shown], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])
