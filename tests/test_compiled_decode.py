@@ -91,12 +91,12 @@ MODES = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True}, "beams
 
 @pytest.mark.parametrize("mode", MODES)
 def test_inside_attach(mode):
-    """Hooks of attach() are part of the graph. generate() does not compile steps of beams."""
+    """Hooks of attach() and MLPs in parts are part of the graph. generate() does not compile steps of beams."""
     kind = tiny("llama")
     inputs = inputs_for(kind, (30, 5))
     policy = ZipVLPolicy(**SPARSE, recompress_interval=4)
     config = compile_config()
-    with attach(kind.model, policy) as session:
+    with attach(kind.model, policy, mlp_rows=16) as session:
         torch.manual_seed(3)
         want = kind.model.generate(**inputs, max_new_tokens=N, **MODES[mode])
         cache = ZipVLStaticCache(policy, config=kind.model.config, max_new_tokens=N)
