@@ -32,7 +32,18 @@ import torch
 import torch._inductor.config
 from filled_caches import CACHES, Case, bytes_of_a_row, filled, held_bytes, largest
 from torch import Tensor
-from whole_models import DEVICE, KEEP_RATIO, MODELS, Record, available_bytes, build, peak_bytes, release, synchronize
+from whole_models import (
+    DEVICE,
+    KEEP_RATIO,
+    MODELS,
+    Record,
+    available_bytes,
+    build,
+    out_of_memory,
+    peak_bytes,
+    release,
+    synchronize,
+)
 from zipvl_adapters.cli.timing import ceilings
 
 WARM_UP = 4  # steps: the first compiles, the next ones warm up and record the CUDA graph
@@ -197,10 +208,9 @@ def row_of(model: Any, case: Case, how: argparse.Namespace, asked: str) -> dict[
         return about | {"failed": f"memory: needs {needed / 2**30:.1f} GiB and more, of {there / 2**30:.1f}"}
     try:
         return about | measure(model, case, how)
-    except torch.OutOfMemoryError as error:
-        return about | {"failed": f"memory: {' '.join(str(error).split())[:160]}"}
     except Exception as error:  # the compiler may raise anything; the other rows are worth having
-        return about | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
+        kind = "memory" if out_of_memory(error) else type(error).__name__
+        return about | {"failed": f"{kind}: {' '.join(str(error).split())[:600]}"}
 
 
 def compare(row: dict[str, Any], others: list[dict[str, Any]]) -> None:
@@ -281,8 +291,8 @@ def main() -> int:
     case_of_a_row = ("model", "cache", "context", "layers", "asked", "mode", "tuned")
     record = Record("compiled_decode", how.out, case_of_a_row, about)
     print(f"copy: {copy_speed() / 1e12:.2f} TB/s", flush=True)
-    is_right = [measure_model(name, how, record) for name in how.model or MODELS]
-    return int(not all(is_right))
+    succeeded = [measure_model(name, how, record) for name in how.model or MODELS]
+    return int(not all(succeeded))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 from transformers import StaticCache
-from whole_models import DEVICE, KEEP_RATIO, available_bytes, head_dim, largest_batch, peak_bytes, release, synchronize
+from whole_models import (
+    DEVICE,
+    KEEP_RATIO,
+    available_bytes,
+    head_dim,
+    largest_batch,
+    out_of_memory,
+    peak_bytes,
+    release,
+    synchronize,
+)
 from zipvl_adapters import ZipVLPolicy, ZipVLStaticCache, enable
 from zipvl_adapters.policy import Step
 
@@ -96,10 +106,12 @@ def largest(model: Any, case: Case, step: Callable[[int, Any], object], seconds:
         try:
             step(batch, filled(model, replace(case, batch=batch)))
             synchronize()
-            return peak_bytes() <= room
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            release()
+            does_fit = peak_bytes() <= room
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            does_fit = False
+        release()  # not in the handler, where the error still holds on to everything
+        return does_fit
 
     return largest_batch(fits, int((room - weights) / sequence), seconds=seconds)[0]

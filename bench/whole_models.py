@@ -12,11 +12,26 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from zipvl_adapters.cli.env import commit, device_name, versions
 from zipvl_adapters.cli.outputs import whole_files
+from zipvl_adapters.cli.problems import KEEP_RATIO
 
+__all__ = [
+    "DEVICE",
+    "DTYPE",
+    "KEEP_RATIO",
+    "MODELS",
+    "Record",
+    "available_bytes",
+    "build",
+    "head_dim",
+    "largest_batch",
+    "out_of_memory",
+    "peak_bytes",
+    "release",
+    "synchronize",
+]
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-KEEP_RATIO = 0.367  # what ZipVL keeps of LLaVA-NeXT-13B's tokens at tau = 0.975
 MODELS: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
     "LLaVA-NeXT-13B": (
         LlamaForCausalLM,
@@ -94,16 +109,28 @@ def available_bytes() -> int:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
-def largest_batch(
-    fits: Callable[[int], bool], guess: int, *, seconds: float, cost: Callable[[int], float] = lambda batch: 0.0
-) -> tuple[int, int | None]:
-    """The largest batch known to fit, 0 for none, and the least known not to, None where time ran out before.
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory is what was missing: libraries have errors of their own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error).lower() for words in ("out of memory", "out_of_memory", "alloc_failed")
+    )
 
-    `guess`: where the search begins; it doubles away from there and then halves. It ends early where an attempt, which
-    takes `cost(batch)` seconds, would not end within `seconds`.
+
+def largest_batch(
+    fits: Callable[[int], bool],
+    guess: int,
+    *,
+    seconds: float,
+    known: int = 0,
+    cost: Callable[[int], float] = lambda batch: 0.0,
+) -> tuple[int, int | None]:
+    """The largest batch known to fit, 0 for none, and the least known not to, None where the time ran out before.
+
+    `guess`: where the search begins; it doubles its steps away from there, and then halves them. `known`: a batch that
+    fits. It ends early where an attempt, which takes `cost(batch)` seconds, would not end within `seconds`.
     """
     begin = perf_counter()
-    low, high, step, batch = 0, None, 1, max(1, guess)
+    low, high, step, batch = known, None, 1, max(known + 1, guess)
     while high is None or high - low > 1:
         if perf_counter() - begin + cost(batch) > seconds:
             break
@@ -113,8 +140,8 @@ def largest_batch(
             high = batch
         if high is None:
             batch, step = low + step, 2 * step
-        elif not low:
-            batch, step = max(1, high - step), 2 * step
+        elif low == known:
+            batch, step = max(low + 1, high - step), 2 * step
         else:
             batch = (low + high) // 2
     return low, high
@@ -134,8 +161,8 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         if self.path and self.path.exists():
             earlier = json.loads(self.path.read_text(encoding="utf-8"))
-            if earlier["device"] == self.about["device"]:
-                self.rows = earlier["rows"]
+            if earlier["device"] == self.about["device"]:  # rows that do not say their case are of an earlier script
+                self.rows = [row for row in earlier["rows"] if all(name in row for name in case)]
 
     def add(self, row: dict[str, Any]) -> None:
         """Puts the row in and writes the file."""
