@@ -42,8 +42,7 @@ from zipvl_adapters import ZipVLPolicy
 
 TIMED = 2
 DENSE = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-MLP_ROWS = 8192
-ZIPVL = {"zipvl": None, f"zipvl, mlp_rows={MLP_ROWS}": MLP_ROWS}
+ZIPVL = {"zipvl": None, "zipvl+mlp_rows": 8192}  # the most tokens that an MLP takes at a time
 LENGTHS = {"LLaVA-NeXT-13B": (2880, 8192, 32768), "Qwen2-VL-7B": (32768, 131072), "tiny": (64,)}
 
 
@@ -81,6 +80,7 @@ def measure(prefill, model, row):
     seconds, peaks, kept = zip(*runs[1:], strict=True)
     row |= {"kept_ratio": kept[0], "seconds": list(seconds), "seconds_p50": median(seconds), "peak_bytes": max(peaks)}
     if row["attention"] in ZIPVL:
+        row["mlp_rows"] = ZIPVL[row["attention"]]
         row["bound_bytes"] = bound_bytes(row, model.config)
     return row
 
