@@ -161,8 +161,8 @@ def compare(row, others):
     for other in others:
         same = all(row[x] == other[x] for x in ("model", "length", "batch"))
         if same and other["attention"] in DENSE and other.get(measured) and row.get(measured):
-            ratio = row[measured] / other[measured]
-            row[f"x_{other['attention']}"] = ratio if measured == "largest_batch" else 1 / ratio
+            ours, theirs = row[measured], other[measured]
+            row[f"x_{other['attention']}"] = ours / theirs if measured == "largest_batch" else theirs / ours
 
 
 def measure_model(name, given, record):
