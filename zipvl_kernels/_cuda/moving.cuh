@@ -92,10 +92,12 @@ template <class Parameters> struct Tickets {
         __syncthreads();
         if (threadIdx.x < 32) {
             unsigned* const part = firsts + 1 + threadIdx.x * PART;
-            unsigned sum = 0;
-            for (int i = 0; i < PART; i++) sum += part[i];
-            sum = sum_so_far(sum) - sum;
-            for (int i = 0; i < PART; i++) part[i] = sum += part[i];
+            unsigned ends[PART], sum = 0;
+#pragma unroll
+            for (int i = 0; i < PART; i++) ends[i] = sum += part[i];
+            const unsigned before = sum_so_far(sum) - sum;
+#pragma unroll
+            for (int i = 0; i < PART; i++) part[i] = before + ends[i];
             if (threadIdx.x == 0) firsts[0] = 0;
         }
         __syncthreads();
