@@ -90,8 +90,8 @@ def test_contract_cuda(dtype, max_tokens):
         ("sm_90", (16, 10, 16, 1, 64, 16, 3)),  # D = 80, many layers
         ("sm_90", (16, 32, 32, 1, 1, 1, 3)),  # D = 256, rows that are pages
         ("sm_80", (16, 16, 16, 1, 1, 16, 2)),
-        ("sm_100", (16, 16, 16, 1, 64, 16, 3)),
-        ("sm_120", (16, 16, 16, 1, 1, 16, 3)),
+        ("sm_100", (16, 16, 16, 1, 64, 16, 2)),
+        ("sm_120", (16, 16, 16, 1, 1, 24, 2)),
     ],
 )
 def test_cuda_kernel_compiles_without_spills(tmp_path, arch, chunk):

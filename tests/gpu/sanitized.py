@@ -10,12 +10,32 @@ from cases import DEVICE, chosen, function, inputs, results
 
 SHAPES = ((150,), (300, 41), (1, 200, 129)) if DEVICE == "cuda" else ((9,), (12, 4))
 
+
+def compact_pages(fn):
+    """Three layers of two sequences in pages, and one layer alone; tables and sets also with wrong numbers."""
+    for wrong in (0, 7):
+        pools = [[torch.randn(20, 16, 2, 64, device=DEVICE).bfloat16() for _ in range(3)] for _ in range(2)]
+        sets = [torch.arange(wrong, 140 + wrong, device=DEVICE, dtype=torch.int32).expand(2, 1, 140) for _ in range(3)]
+        counts = [torch.full((2, 1), 130 - 40 * i, device=DEVICE, dtype=torch.int32) for i in range(3)]
+        table = torch.randperm(20, device=DEVICE)[:18].int().view(2, 9) + wrong
+        used = torch.tensor([140, 99 + 99 * wrong], device=DEVICE, dtype=torch.int32)
+        fn(*pools, sets, counts, table, used)
+        fn(pools[0][0], pools[1][0], sets[0], counts[0], table, used)
+
+
 if __name__ == "__main__":
     for operator in sys.argv[1:]:
         for backend in chosen(operator):
+            if operator == "compact_paged_kv_":
+                compact_pages(function(operator, backend))
+                print(operator, backend, flush=True)
+                continue
             for lengths in SHAPES:
                 arguments, options = inputs(operator, lengths)
                 results(operator, function(operator, backend), arguments, options)
+                if operator == "compact_kv_":
+                    lists = [[x.clone() for _ in range(3)] for x in arguments]
+                    function(operator, backend)(*lists, **options)
                 if operator == "select_tokens":
                     results(
                         operator, function(operator, backend), arguments, {**options, "tau": None, "keep_ratio": 0.4}

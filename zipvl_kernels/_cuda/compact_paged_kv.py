@@ -84,8 +84,8 @@ def launch(
 
 
 def default(device: torch.device) -> Config:
-    """Where a thread needs more registers than three blocks leave it, two of them."""
-    return Config() if common.capability(device) >= (9, 0) else Config(blocks_per_sm=2)
+    """Three blocks on Hopper; elsewhere the compiler needs more registers than these leave to a thread, so two."""
+    return Config() if common.capability(device)[0] == 9 else Config(blocks_per_sm=2)
 
 
 @lru_cache(maxsize=256)

@@ -92,10 +92,12 @@ template <class Parameters> struct Tickets {
         __syncthreads();
         if (threadIdx.x < 32) {
             unsigned* const part = firsts + 1 + threadIdx.x * PART;
-            unsigned sum = 0;
-            for (int i = 0; i < PART; i++) sum += part[i];
-            sum = sum_so_far(sum) - sum;
-            for (int i = 0; i < PART; i++) part[i] = sum += part[i];
+            unsigned ends[PART], sum = 0;
+#pragma unroll
+            for (int i = 0; i < PART; i++) ends[i] = sum += part[i];
+            const unsigned before = sum_so_far(sum) - sum;
+#pragma unroll
+            for (int i = 0; i < PART; i++) part[i] = before + ends[i];
             if (threadIdx.x == 0) firsts[0] = 0;
         }
         __syncthreads();
@@ -148,9 +150,11 @@ template <class Parameters> __device__ void move_rows(const Parameters& p) {
 #pragma unroll
         for (int i = 0; i < ITEMS; i++, column += AT_ONCE * set.stride) from[i] = i * AT_ONCE < rest ? *column : -1;
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
+        for (int i = 0; i < ITEMS; i++) {  // without branches, so that all pages are looked up at once
             const int place = to + i * AT_ONCE;
-            page[i] = place >= set.first && from[i] > place && from[i] < set.length ? rows.page(from[i]) : -1;
+            const bool moves = place >= set.first && from[i] > place && from[i] < set.length;
+            const int found = rows.page(moves ? from[i] : 0);
+            page[i] = moves ? found : -1;
         }
         Chunk held[ITEMS];
         unsigned moves = 0;  // a bit an item
@@ -161,8 +165,10 @@ template <class Parameters> __device__ void move_rows(const Parameters& p) {
                 held[i] = *(const Chunk*)(rows.at(page[i], from[i]) + offset);
             }
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++)  // from here on, where it goes
-            if (moves >> i & 1 && (page[i] = rows.page(to + i * AT_ONCE)) < 0) moves ^= 1u << i;
+        for (int i = 0; i < ITEMS; i++) {  // from here on, where it goes
+            page[i] = rows.page(moves >> i & 1 ? to + i * AT_ONCE : 0);
+            if (page[i] < 0) moves &= ~(1u << i);
+        }
         unsigned reader = 0;
         if (threadIdx.x < 32) reader = last_tile_before(set.columns, set.stride, tile, set.to + tile * ROWS);
 
