@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ class Case:
         self.restore()
         out, indices, counts = self.packed_call(0, backend)
         bounds = self.where["cu_seqlens"].tolist()
-        for b, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for b, (start, end) in enumerate(pairwise(bounds)):
             q, k, v = self.rows[0][0], *(x.clone() for x in self.clean_rows[0])
             one = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
             alone = zk.zipvl_prefill_(*one, keep_ratio=KEEP_RATIO, backend=backend)
@@ -118,7 +119,7 @@ def main() -> None:
             print(f"{row['heads']:>6} {shape:>16}  packed / dense: {row['packed_over_dense']:.3f}", flush=True)
     record = {
         "command": "python bench/packed.py",
-        "measured": f"milliseconds of one zipvl_prefill_, keep_ratio={KEEP_RATIO}, D={D}, bf16; graphs replayed in turn",
+        "measured": f"milliseconds of one zipvl_prefill_, keep_ratio {KEEP_RATIO}, D {D}, bf16; graphs in turn",
         "device": torch.cuda.get_device_name(),
         "versions": versions(),
         "commit": commit(),
