@@ -28,6 +28,7 @@ SHARDS = [
     ("test_large.py", ""),
     ("test_pages.py", "compaction"),
     ("test_pages.py", "not compaction"),
+    *(("test_packed.py", part) for part in ("contract and auto", "contract and not auto", "not contract")),
     ("test_sanitizer.py", "racecheck or script"),
     ("test_sanitizer.py", "memcheck and scores"),
     ("test_sanitizer.py", "memcheck and attention"),
