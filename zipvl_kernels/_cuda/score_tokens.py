@@ -19,6 +19,7 @@ HEAD_DIMS = (64, 128)
 MAX_PROBES = 512
 MAX_ITEMS = 32  # tiles of probes, over the heads of a block
 MAX_SPAN = 16  # tiles of columns of a block
+LISTED = 1024  # tiles of a packed sequence for which shares are worked out at once
 AT_ONCE = 132  # blocks that run at a time, one a multiprocessor of an H100 or H200
 # Scratch of a column stays at 56 bytes, where that leaves enough blocks: the log-sum-exps of all probes, heads and
 # splits; and 4 for every part of a group's heads, less those for which the outputs serve.
@@ -149,7 +150,9 @@ def prepared(
     lengths, given, places = 0, (0, 0), [0, 0, 0, 0]
     if packed:
         q_stride, given, tiles = (0, *q_stride[1:]), packed, -(-packed[1] // TILE)
-        lengths = _shares(device, 1 << (tiles - 1).bit_length(), P, Hq, G, shares).data_ptr()
+        # Few tables, since the first call with each copies it to the device; small ones go with few probes.
+        listed = tiles if tiles * TILE <= MAX_PROBES else max(LISTED, 1 << (tiles - 1).bit_length())
+        lengths = _shares(device, listed, P, Hq, G, shares).data_ptr()
         row_tiles, column_tiles, parts, in_rows, in_columns = _places(tiles, P, Hq, G, shares)
         (splits, *row_places), (spans, *column_places) = (fewest(x, N, packed[0]) for x in (in_rows, in_columns))
         blocks = Hq * -(-P // TILE) * splits, G * spans
