@@ -48,8 +48,10 @@ LENGTHS = {"LLaVA-NeXT-13B": (2880, 8192, 32768), "Qwen2-VL-7B": (32768, 131072)
 
 @contextmanager
 def attending(model, how):
-    """Within the block, a function that forgets earlier prompts, prefills `[batch, length]` tokens, and returns the
-    seconds until a first token is on the host, the peak of memory, and the ratio of kept tokens."""
+    """Within the block, a function that forgets the last prompt and prefills `[batch, length]` tokens; and the session.
+
+    The function returns the seconds until a first token is on the host, and the peak of memory in bytes.
+    """
     with ExitStack() as stack:
         session = None
         if how in ZIPVL:
@@ -68,17 +70,17 @@ def attending(model, how):
             begin = perf_counter()
             output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
             output.logits[0, -1].argmax().item()
-            seconds = perf_counter() - begin
-            return seconds, peak_bytes(), float(session.stats.kept_ratio) if session else 1.0
+            return perf_counter() - begin, peak_bytes()
 
-        yield prefill
+        yield prefill, session
 
 
-def measure(prefill, model, row):
+def measure(prefill, session, model, row):
     """A batch of one, after a warm-up."""
     runs = [prefill(1, row["length"]) for _ in range(1 + TIMED)]
-    seconds, peaks, kept = zip(*runs[1:], strict=True)
-    row |= {"kept_ratio": kept[0], "seconds": list(seconds), "seconds_p50": median(seconds), "peak_bytes": max(peaks)}
+    seconds, peaks = zip(*runs[1:], strict=True)
+    row["kept_ratio"] = float(session.stats.kept_ratio) if session else 1.0
+    row |= {"seconds": list(seconds), "seconds_p50": median(seconds), "peak_bytes": max(peaks)}
     if row["attention"] in ZIPVL:
         row["mlp_rows"] = ZIPVL[row["attention"]]
         row["bound_bytes"] = bound_bytes(row, model.config)
@@ -129,9 +131,9 @@ def row_of(model, name, length, how, given):
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     row = {"model": name, "length": length, "attention": how, "batch": given.batch, "weight_bytes": weights}
     try:
-        with attending(model, how) as prefill:
+        with attending(model, how) as (prefill, session):
             if given.batch == "1":
-                return measure(prefill, model, row)
+                return measure(prefill, session, model, row)
             return row | search(lambda batch: prefill(batch, length)[:2], available_bytes(), given.seconds)
     except Exception as error:  # a backend may refuse a shape in any way; the other rows are worth having
         kind = "memory" if out_of_memory(error) else type(error).__name__
