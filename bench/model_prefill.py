@@ -96,22 +96,24 @@ def bound_bytes(row, config):
 def search(prefill: Callable[[int], tuple[float, int]], available: int, seconds: float) -> dict:
     """The largest batch whose `prefill`, which returns seconds and peak bytes, does not run out of memory.
 
-    `least_too_large` is None where the time ran out before one was seen.
+    `least_too_large` is None where the time ran out before one was seen. Any other error of a batch counts as well, and
+    is told; of a single sequence it is raised.
     """
     begin, tried = perf_counter(), {}
+    found: dict = {"available_bytes": available}
 
     def fits(batch: int) -> bool:
         try:
             tried[batch] = prefill(batch)
         except Exception as error:
             if not out_of_memory(error):
-                raise
-        # Not in the handler, where the error still holds on to everything.
+                if not tried:
+                    raise
+                found["other_error"] = f"batch {batch}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if batch not in tried:
-            release()
+            release()  # not in the handler, where the error still holds on to everything
         return batch in tried
 
-    found: dict = {"available_bytes": available}
     if not fits(1) or not fits(2):
         low, high = len(tried), len(tried) + 1
     else:
@@ -148,6 +150,7 @@ def print_row(row):
         text += f"largest batch {row['largest_batch']}"
         text += f" of {row['foretold']} foretold" if "foretold" in row else ""
         text += f"; {row['least_too_large']} do not fit" if row["least_too_large"] else "; no time to try more"
+        text += f" ({row['other_error']})" if "other_error" in row else ""
         if row["largest_batch"]:
             text += f"; {row['seconds']:.2f} s, {row['peak_bytes'] / 2**30:.1f} GiB"
     else:
