@@ -21,7 +21,7 @@ from whole_models import (
 from zipvl_adapters import ZipVLPolicy, ZipVLStaticCache, enable
 from zipvl_adapters.policy import Step
 
-CACHES = {"static": 1.0, "full": 1.0, "zipvl": KEEP_RATIO}  # share of the context that each holds; ours comes last
+CACHES = {"static": 1.0, "full": 1.0, "zipvl": KEEP_RATIO}  # share of the context that each holds
 ROOM = 256  # tokens that a cache has room for beyond the context
 MARGIN = 0.97  # of the memory: what the largest batch may take, the rest is for CUDA graphs and the compiler
 

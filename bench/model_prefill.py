@@ -48,8 +48,10 @@ LENGTHS = {"LLaVA-NeXT-13B": (2880, 8192, 32768), "Qwen2-VL-7B": (32768, 131072)
 
 @contextmanager
 def attending(model, how):
-    """Within the block, a function that forgets earlier prompts, prefills `[batch, length]` tokens, and returns the
-    seconds until a first token is on the host, the peak of memory, and the ratio of kept tokens."""
+    """Within the block, a function that forgets the last prompt and prefills `[batch, length]` tokens; and the session.
+
+    The function returns the seconds until a first token is on the host, and the peak of memory in bytes.
+    """
     with ExitStack() as stack:
         session = None
         if how in ZIPVL:
@@ -68,17 +70,17 @@ def attending(model, how):
             begin = perf_counter()
             output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
             output.logits[0, -1].argmax().item()
-            seconds = perf_counter() - begin
-            return seconds, peak_bytes(), float(session.stats.kept_ratio) if session else 1.0
+            return perf_counter() - begin, peak_bytes()
 
-        yield prefill
+        yield prefill, session
 
 
-def measure(prefill, model, row):
+def measure(prefill, session, model, row):
     """A batch of one, after a warm-up."""
     runs = [prefill(1, row["length"]) for _ in range(1 + TIMED)]
-    seconds, peaks, kept = zip(*runs[1:], strict=True)
-    row |= {"kept_ratio": kept[0], "seconds": list(seconds), "seconds_p50": median(seconds), "peak_bytes": max(peaks)}
+    seconds, peaks = zip(*runs[1:], strict=True)
+    row["kept_ratio"] = float(session.stats.kept_ratio) if session else 1.0
+    row |= {"seconds": list(seconds), "seconds_p50": median(seconds), "peak_bytes": max(peaks)}
     if row["attention"] in ZIPVL:
         row["mlp_rows"] = ZIPVL[row["attention"]]
         row["bound_bytes"] = bound_bytes(row, model.config)
@@ -94,22 +96,24 @@ def bound_bytes(row, config):
 def search(prefill: Callable[[int], tuple[float, int]], available: int, seconds: float) -> dict:
     """The largest batch whose `prefill`, which returns seconds and peak bytes, does not run out of memory.
 
-    `least_too_large` is None where the time ran out before one was seen.
+    `least_too_large` is None where the time ran out before one was seen. Any other error of a batch counts as well, and
+    is told; of a single sequence it is raised.
     """
     begin, tried = perf_counter(), {}
+    found: dict = {"available_bytes": available}
 
     def fits(batch: int) -> bool:
         try:
             tried[batch] = prefill(batch)
         except Exception as error:
             if not out_of_memory(error):
-                raise
-        # Not in the handler, where the error still holds on to everything.
+                if not tried:
+                    raise
+                found["other_error"] = f"batch {batch}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if batch not in tried:
-            release()
+            release()  # not in the handler, where the error still holds on to everything
         return batch in tried
 
-    found: dict = {"available_bytes": available}
     if not fits(1) or not fits(2):
         low, high = len(tried), len(tried) + 1
     else:
@@ -129,9 +133,9 @@ def row_of(model, name, length, how, given):
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     row = {"model": name, "length": length, "attention": how, "batch": given.batch, "weight_bytes": weights}
     try:
-        with attending(model, how) as prefill:
+        with attending(model, how) as (prefill, session):
             if given.batch == "1":
-                return measure(prefill, model, row)
+                return measure(prefill, session, model, row)
             return row | search(lambda batch: prefill(batch, length)[:2], available_bytes(), given.seconds)
     except Exception as error:  # a backend may refuse a shape in any way; the other rows are worth having
         kind = "memory" if out_of_memory(error) else type(error).__name__
@@ -146,6 +150,7 @@ def print_row(row):
         text += f"largest batch {row['largest_batch']}"
         text += f" of {row['foretold']} foretold" if "foretold" in row else ""
         text += f"; {row['least_too_large']} do not fit" if row["least_too_large"] else "; no time to try more"
+        text += f" ({row['other_error']})" if "other_error" in row else ""
         if row["largest_batch"]:
             text += f"; {row['seconds']:.2f} s, {row['peak_bytes'] / 2**30:.1f} GiB"
     else:

@@ -31,7 +31,7 @@ __all__ = [
 ]
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+DTYPE = torch.bfloat16
 MODELS: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
     "LLaVA-NeXT-13B": (
         LlamaForCausalLM,

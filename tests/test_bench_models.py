@@ -88,10 +88,17 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(bench):
     from model_prefill import search
 
     def prefill(batch):
-        raise ValueError("something else")
+        if batch > most:
+            raise ValueError("something else")
+        return 0.01, 100 + 10 * batch
 
+    most = 0
     with pytest.raises(ValueError, match="something else"):
         search(prefill, 1000, seconds=60)
+    most = 5
+    found = search(prefill, 1000, seconds=60)
+    assert (found["largest_batch"], found["least_too_large"]) == (5, 6)
+    assert found["other_error"] == "batch 6: ValueError: something else"
 
 
 def test_prefill_rows(run):
@@ -134,7 +141,7 @@ def test_decode_rows(run):
     assert (ours["kept"], dense["kept"]) == (24, 64)
     assert (ours["capacity"], dense["capacity"]) == (512, 64 + 256)
     assert ours["graphs"] == dense["graphs"] == 1
-    held = 2 * 2 * 2 * 16 * 4  # of a token: keys and values, layers, heads, head dim, float32
+    held = 2 * 2 * 2 * 16 * 2  # of a token: keys and values, layers, heads, head dim, bytes
     assert dense["bytes"] - ours["bytes"] == 2 * held * 40
     assert ours["x_static"] == ours["tokens_per_second"] / dense["tokens_per_second"]
 

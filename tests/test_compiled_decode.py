@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from test_no_host_read import NoHostRead
 from tiny_models import TEXT_FAMILIES, VISION_FAMILIES, inputs_for, tiny
 from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig
@@ -158,6 +159,24 @@ def test_nothing_moves_while_decoding():
     assert len(addresses) == N
     assert all(at == addresses[0] for at in addresses)
     assert {layer.keys.shape[2] for layer in cache.layers} == {256}
+
+
+@pytest.mark.parametrize("pool", ["layer", "kv_head"])
+def test_a_step_reads_nothing_on_the_host(pool):
+    """The prefill does; what follows does not, reselection included."""
+    kind = tiny("llama")
+    enable(kind.model)
+    policy = ZipVLPolicy(**SPARSE, recompress_interval=2, pool=pool)
+    cache = ZipVLStaticCache(policy, config=kind.model.config, max_new_tokens=N)
+    between = cache.generate_arguments()["stopping_criteria"]
+    with torch.no_grad():
+        kind.model(input_ids=inputs_for(kind, (30,))["input_ids"], past_key_values=cache)
+        ids = torch.tensor([[9]])
+        with NoHostRead():
+            for _ in range(5):
+                between(ids, None)
+                kind.model(input_ids=ids, past_key_values=cache)
+    assert all((layer.lens < layer.seen).all() for layer in cache.layers)
 
 
 def test_a_cache_serves_again_after_reset():
