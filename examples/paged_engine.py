@@ -215,9 +215,12 @@ class Engine:
         n, layers = request.prompt_length, self.cache.num_layers
         prefill = Prefill(self.cache, self.policy, self.cache.block_tables([request.tables]))
         inputs = {name: x for name, x in request.inputs.items() if name != "attention_mask"}
+        # Qwen-VL counts a picture by its rows and columns: text after it goes on at fewer positions than there are
+        # tokens. The model leaves the difference here, for prompts without a picture that of an earlier one.
+        base: Any = self.model.base_model
+        base.rope_deltas = None
         logits = self.model(**inputs, use_cache=False, logits_to_keep=1, engine=prefill).logits
-        # Qwen-VL counts a picture by its rows and columns: its text goes on at fewer positions than there are tokens.
-        delta = getattr(self.model.base_model, "rope_deltas", None)
+        delta = base.rope_deltas
         request.position = n + (0 if delta is None else int(delta))
         request.lengths = [n] * layers
         if prefill.counts:

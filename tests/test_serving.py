@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import cache
 from unittest import mock
 
 import hypothesis
@@ -152,6 +153,15 @@ def test_answers_are_those_of_generate(family, policy, table_per_layer):
         assert all(0.1 < request.kept < 0.95 for request in requests)
 
 
+def test_text_after_a_picture():
+    """Qwen-VL's rotary positions: what a prompt with a picture leaves in the model is not another one's."""
+    picture = inputs_for(tiny("qwen2_vl"), (20,))
+    text = {"input_ids": picture["input_ids"][:, -15:]}
+    expected = [*generated(tiny("qwen2_vl"), [picture], SPARSE), *generated(tiny("qwen2_vl"), [text], SPARSE)]
+    tokens, _, _ = served(tiny("qwen2_vl"), [picture, text], SPARSE, num_blocks=40, block_size=4)
+    assert tokens == expected
+
+
 def test_a_stop_token_ends_an_answer():
     kind = tiny("llama")
     asked = prompts(kind, (30,))
@@ -161,17 +171,21 @@ def test_a_stop_token_ends_an_answer():
     assert tokens == [whole[: whole.index(stop) + 1]]
 
 
+@cache
+def three_prompts():
+    """Their inputs and answers, and how many tokens the longest may come to."""
+    kind = tiny("llama", seed=3)
+    asked = prompts(kind, (12, 30, 21))
+    return asked, generated(kind, asked, SPARSE, new=10), 32 + 10 - 1
+
+
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @hypothesis.given(spare=st.integers(0, 12), block_size=st.sampled_from([1, 3, 8, 16]), table_per_layer=st.booleans())
 def test_too_few_pages_only_make_it_wait(spare, block_size, table_per_layer):
     """Down to a pool that holds one request and no more: requests wait, or give way and come back."""
-    kind = tiny("llama", seed=3)
-    asked = prompts(kind, (12, 30, 21))
-    expected = generated(kind, asked, SPARSE)
-    num_blocks = 1 + -(-(32 + NEW - 1) // block_size) + spare  # the longest prompt has two tokens before its words
-    tokens, _, _ = served(
-        kind, asked, SPARSE, num_blocks=num_blocks, block_size=block_size, table_per_layer=table_per_layer
-    )
+    asked, expected, longest = three_prompts()
+    pool = {"num_blocks": 1 + -(-longest // block_size) + spare, "block_size": block_size}
+    tokens, _, _ = served(tiny("llama", seed=3), asked, SPARSE, new=10, table_per_layer=table_per_layer, **pool)
     assert tokens == expected
 
 
