@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from paged_engine import Engine
 from rich.console import Console
+from transformers import PreTrainedModel
 from zipvl_adapters import ZipVLPolicy
 from zipvl_adapters.cli.answering import ANSWER_TOKENS, encode_all, open_model
-from zipvl_adapters.cli.assets import find_assets
+from zipvl_adapters.cli.assets import Question, find_assets
 from zipvl_adapters.cli.env import commit, device_name, versions
 from zipvl_adapters.cli.outputs import whole_files
+from zipvl_adapters.cli.progress import Reporter, reporting
 from zipvl_adapters.cli.tables import percent, print_table
 
 MODEL = "qwen2_vl"
@@ -40,45 +42,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/serve"), help="folder for serving.png and serving.json")
     out: Path = parser.parse_args().out
     torch.set_num_threads(1)  # the model is so small that threads cost more than they save on a busy machine
-    assets = find_assets()
-    device = torch.device("cpu")
-    model, processor = open_model(str(assets.models[MODEL]), device=device)
+    assets, device = find_assets(), torch.device("cpu")
     questions = [question for asked in assets.take(PER_TASK).values() for question in asked]
-    prompts: list[dict[str, Any]] = list(encode_all(processor, model, questions, batch_size=1))
-    look_at_pictures(model, prompts)
-    end = model.generation_config.eos_token_id
-    runs = []
-    for name, (policy, table_per_layer) in MODES.items():
-        engine = Engine(
-            model,
-            policy,
-            num_blocks=NUM_BLOCKS,
-            block_size=BLOCK_SIZE,
-            table_per_layer=table_per_layer,
-            stop_tokens=[end] if isinstance(end, int) else end,
-        )
-        requests = [engine.submit(prompt, ANSWER_TOKENS) for prompt in prompts]
-        history, begin = [], time.perf_counter()
-        while engine.has_work:
-            engine.step()
-            history.append({"running": len(engine.running), "pages_in_use": round(engine.cache.share_in_use, 4)})
-        seconds = time.perf_counter() - begin
-        answers = processor.batch_decode([request.tokens for request in requests], skip_special_tokens=True)
-        right = [text.strip() == question.answer for text, question in zip(answers, questions, strict=True)]
-        runs.append(
-            {
-                "mode": name,
-                "requests": len(requests),
-                "right": sum(right),
-                "most_at_once": max(step["running"] for step in history),
-                "steps": len(history),
-                "kept": sum(request.kept for request in requests) / len(requests),
-                "preemptions": sum(request.preemptions for request in requests),
-                "pool_bytes": engine.cache.nbytes,
-                "seconds": round(seconds, 1),
-                "history": history,
-            }
-        )
+    with reporting(len(MODES) * len(questions)) as reporter:
+        reporter.say("looking at pictures")
+        model, processor = open_model(str(assets.models[MODEL]), device=device)
+        prompts: list[dict[str, Any]] = list(encode_all(processor, model, questions, batch_size=1))
+        look_at_pictures(model, prompts)
+        runs = []
+        for mode in MODES:
+            reporter.say(f"serving: {mode}")
+            runs.append(serve(mode, model, processor, prompts, questions, reporter))
     record = {
         "command": "python examples/serving.py",
         "model": MODEL,
@@ -92,6 +66,50 @@ def main() -> None:
         draw(runs, folder / "serving.png")
         (folder / "serving.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     show(runs, out)
+
+
+def serve(
+    mode: str,
+    model: PreTrainedModel,
+    processor: Any,
+    prompts: list[dict[str, Any]],
+    questions: list[Question],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """All prompts from a new engine: what came of it, and what was in use after each step."""
+    policy, table_per_layer = MODES[mode]
+    stop: Any = model.generation_config.eos_token_id
+    engine = Engine(
+        model,
+        policy,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        table_per_layer=table_per_layer,
+        stop_tokens=[stop] if isinstance(stop, int) else stop,
+    )
+    requests = [engine.submit(prompt, ANSWER_TOKENS) for prompt in prompts]
+    history: list[dict[str, float]] = []
+    begin = time.perf_counter()
+    while engine.has_work:
+        done = sum(request.is_done for request in requests)
+        engine.step()
+        history.append({"running": len(engine.running), "pages_in_use": round(engine.cache.share_in_use, 4)})
+        reporter.advance(sum(request.is_done for request in requests) - done)
+    seconds = time.perf_counter() - begin
+    answers = processor.batch_decode([request.tokens for request in requests], skip_special_tokens=True)
+    right = [text.strip() == question.answer for text, question in zip(answers, questions, strict=True)]
+    return {
+        "mode": mode,
+        "requests": len(requests),
+        "right": sum(right),
+        "most_at_once": max(step["running"] for step in history),
+        "steps": len(history),
+        "kept": sum(request.kept for request in requests) / len(requests),
+        "preemptions": sum(request.preemptions for request in requests),
+        "pool_bytes": engine.cache.nbytes,
+        "seconds": round(seconds, 1),
+        "history": history,
+    }
 
 
 @torch.inference_mode()
