@@ -167,8 +167,9 @@ def show(runs: list[dict[str, Any]], out: Path) -> None:
         ["mode", "most\nat once", "steps", "kept\n%", "right\nanswers", "seconds"],
         rows,
         title=title(runs),
-        caption="Steps: one token for each running request. Kept: share of the prompts' keys and values.\n"
-        "Seconds are those of the reference operators on a CPU, and say nothing about speed.",
+        caption="Steps: one token for each running request.\n"
+        "Kept: share of the prompts' keys and values, mean over layers and requests.\n"
+        "Seconds: of the reference operators on a CPU; they say nothing about speed.",
         labels=1,
     )
     Console().print(f"plot: {out / 'serving.png'}", markup=False, highlight=False, soft_wrap=True)
