@@ -14,6 +14,7 @@ from paged_engine import Engine
 from paged_pool import BlockAllocator, OutOfPagesError
 from tiny_models import inputs_for, tiny
 from zipvl_adapters import ZipVLPolicy, attach
+from zipvl_adapters.attention import zipvl_attention
 
 SPARSE = ZipVLPolicy(tau=0.8, num_recent=8, num_random=8, recompress_interval=None)
 NEW = 20  # tokens of an answer
@@ -233,3 +234,13 @@ def test_eviction_makes_room():
         for policy, table_per_layer in ((None, False), (few, False), (few, True))
     ]
     assert most[0] < most[1] < most[2]
+
+
+def test_continuous_batching_of_transformers_is_refused():
+    """What docs/integration.md says is missing there: nothing is computed wrongly meanwhile."""
+    kind = tiny("llama")
+    with attach(kind.model, SPARSE), pytest.raises(ValueError, match="zipvl is not supported for continuous batching"):
+        kind.model.generate_batch(inputs=[[9, 10, 11]], max_new_tokens=2)
+    q = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(ValueError, match=r"^cache: paged caches \(generate_batch, continuous batching\) are not"):
+        zipvl_attention(None, q, q[:, :2], q[:, :2], None, cache=object())

@@ -26,6 +26,7 @@ COUNTS = ("tests", "failures", "errors", "skipped")
 # What runs in a process of its own: a file, and the part of it.
 SHARDS = [
     ("test_large.py", ""),
+    ("test_engine.py", ""),
     ("test_pages.py", "compaction"),
     ("test_pages.py", "not compaction"),
     ("test_sanitizer.py", "racecheck or script"),
