@@ -1,12 +1,15 @@
 """The serving example: its allocator loses nothing, answers are generate()'s, too few pages only make it wait."""
 
+import json
 import os
+import sys
 from dataclasses import replace
 from functools import cache
 from unittest import mock
 
 import hypothesis
 import pytest
+import serving
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -15,6 +18,7 @@ from paged_pool import BlockAllocator, OutOfPagesError
 from tiny_models import inputs_for, tiny
 from zipvl_adapters import ZipVLPolicy, attach
 from zipvl_adapters.attention import zipvl_attention
+from zipvl_adapters.cli.assets import find_assets
 
 SPARSE = ZipVLPolicy(tau=0.8, num_recent=8, num_random=8, recompress_interval=None)
 NEW = 20  # tokens of an answer
@@ -234,6 +238,25 @@ def test_eviction_makes_room():
         for policy, table_per_layer in ((None, False), (few, False), (few, True))
     ]
     assert most[0] < most[1] < most[2]
+
+
+def test_the_demonstration(tmp_path, monkeypatch, capsys):
+    """Three questions, and a pool for one and a half of them."""
+    found = find_assets()
+    three = replace(found, tasks={task: found.tasks[task] for task in ("colour_shape", "relation", "code")})
+    monkeypatch.setattr(serving, "find_assets", lambda: three)
+    monkeypatch.setattr(serving, "PER_TASK", 1)
+    monkeypatch.setattr(serving, "NUM_BLOCKS", 59)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(sys, "argv", ["serving.py", "--out", str(tmp_path / "out")])
+    serving.main()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"serving.png", "serving.json"}
+    record = json.loads((tmp_path / "out" / "serving.json").read_text())
+    assert [run["mode"] for run in record["runs"]] == list(serving.MODES)
+    assert all(run["right"] >= 2 and len(run["history"]) == run["steps"] for run in record["runs"])
+    dense, one_table, table_per_layer = (run["most_at_once"] for run in record["runs"])
+    assert dense == 1 <= one_table < table_per_layer
+    assert " of 3" in capsys.readouterr().out
 
 
 def test_continuous_batching_of_transformers_is_refused():
