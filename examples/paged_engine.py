@@ -57,7 +57,7 @@ class Prefill:
         n = q.shape[2]
         table = self.tables[layer]
         self.cache.write(layer, table, torch.arange(n, dtype=torch.int32, device=q.device)[None], k, v)
-        if self.policy is None:
+        if self.policy is None or self.policy.keeps_all:
             return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         out, indices, counts = zk.zipvl_prefill_(
             q,
@@ -187,9 +187,11 @@ class Engine:
 
     def _full_tables(self, request: Request) -> list[list[int]]:
         """Tables of a request whose longest layer has no row left."""
-        lengths = [max(request.lengths[t :: self.cache.num_tables]) for t in range(self.cache.num_tables)]
-        capacities = [len(table) * self.cache.block_size for table in request.tables]
-        return [table for table, *rows in zip(request.tables, lengths, capacities, strict=True) if rows[0] == rows[1]]
+        return [
+            table
+            for t, table in enumerate(request.tables)
+            if max(request.lengths[t :: self.cache.num_tables]) == len(table) * self.cache.block_size
+        ]
 
     def _preempt_youngest(self) -> Request:
         request = self.running.pop()
@@ -224,11 +226,11 @@ class Engine:
         request.position = n + (0 if delta is None else int(delta))
         request.lengths = [n] * layers
         if prefill.counts:
-            # The one time that the host waits for the prefill: only it can give pages to others.
+            # Here the host waits for all layers at once: only it can give pages to others.
             both = torch.stack([torch.cat(x) for x in zip(*prefill.counts, strict=True)])
             request.lengths, freed = both.tolist()
             for t, table in enumerate(request.tables):
-                kept = len(table) - min(freed[t :: len(request.tables)])
+                kept = len(table) - min(freed[t :: self.cache.num_tables])
                 self.cache.allocator.free(table[kept:])
                 del table[kept:]
         request.kept = sum(request.lengths) / (n * layers)
