@@ -26,6 +26,7 @@ COUNTS = ("tests", "failures", "errors", "skipped")
 # What runs in a process of its own: a file, and the part of it.
 SHARDS = [
     ("test_large.py", ""),
+    ("test_engine.py", ""),
     ("test_layers.py", "not pages"),
     ("test_layers.py", "pages"),
     ("test_pages.py", "compaction"),
