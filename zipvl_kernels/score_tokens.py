@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _validate
+from zipvl_kernels import _checking, _validate
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -18,6 +18,8 @@ def score_tokens(
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     pool: str = "layer",
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probe rows' attention (ZipVL, arXiv 2410.08584: accumulated and normalised attention scores).
@@ -27,12 +29,17 @@ def score_tokens(
 
     Args:
         q: `[B, Hq, M, D]`, fp16, bf16 or fp32.
-        k: `[B, Hkv, N, D]`, as `q`.
+        k: `[B, Hkv, N, D]`, as `q`. With `block_table`, a pool of pages in `layout`.
         probe_rows: int32 `[P]` or `[B, P]`, row numbers of `q`.
         scale: of the scores, default `D ** -0.5`.
-        q_start: int32 `[B]`, the column of query row 0; default `N - M`.
+        q_start: int32 `[B]`, the column of query row 0; default `N - M`; with `block_table`, `seqused_k - M`.
         leftpad_k, seqused_k: int32 `[B]`, valid columns are `[leftpad_k, seqused_k)`; default `[0, N)`.
+            With `block_table`, `seqused_k` has to be given: the used rows, those of the queries included.
         pool: "layer" sums over all heads (`G = 1`), "kv_head" over the query heads of each KV head (`G = Hkv`).
+        block_table: int32 `[B, max_blocks]`: row `j` of sequence `b` is row `j % block_size` of page
+            `block_table[b, j // block_size]`, and `N` is `max_blocks * block_size`. Entries past the used rows are not
+            read into the result. With `ZIPVL_CHECK=1` in the environment the others are checked on the host first.
+        layout: of the pools, "NHD" `[num_blocks, block_size, Hkv, D]` or "HND" `[num_blocks, Hkv, block_size, D]`.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
@@ -43,12 +50,18 @@ def score_tokens(
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.heads(q=q, k=k)
+    _validate.layout(layout)
+    if block_table is None:
+        _validate.heads(q=q, k=k)
+    else:
+        _validate.paged(q, block_table, seqused_k, layout, k=k)
     _validate.probe_numbers(probe_rows, q.shape[0], q.device)
     _validate.scale(scale)
     _validate.per_sequence(q, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
     _validate.pool(pool)
-    scores: tuple[Tensor, Tensor] = _score_tokens(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, backend)
+    scores: tuple[Tensor, Tensor] = _score_tokens(
+        q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, backend, block_table, layout
+    )
     return scores
 
 
@@ -62,15 +75,21 @@ def _fake(
     seqused_k: Tensor | None,
     pool: str,
     backend: str,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
-    G = 1 if pool == "layer" else k.shape[1]
-    accumulated = q.new_empty((q.shape[0], G, k.shape[2]), dtype=torch.float32)
+    if block_table is None:
+        Hkv, N = k.shape[1:3]
+    else:
+        size, Hkv = k.shape[1:3] if layout == "NHD" else (k.shape[2], k.shape[1])
+        N = block_table.shape[1] * size
+    accumulated = q.new_empty((q.shape[0], 1 if pool == "layer" else Hkv, N), dtype=torch.float32)
     return accumulated, torch.empty_like(accumulated)
 
 
 @operator(
     "score_tokens(Tensor q, Tensor k, Tensor probe_rows, float? scale, Tensor? q_start, Tensor? leftpad_k, "
-    "Tensor? seqused_k, str pool, str backend) -> (Tensor, Tensor)",
+    'Tensor? seqused_k, str pool, str backend, Tensor? block_table=None, str layout="NHD") -> (Tensor, Tensor)',
     _fake,
 )
 def _score_tokens(
@@ -83,9 +102,22 @@ def _score_tokens(
     seqused_k: Tensor | None,
     pool: str,
     backend: str,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
+    if block_table is not None and seqused_k is not None and _checking.enabled():
+        _checking.pages(block_table, seqused_k, k, layout)
     implementation = resolve("score_tokens", backend, q.device.type)
     scores: tuple[Tensor, Tensor] = implementation(
-        q, k, probe_rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool
+        q,
+        k,
+        probe_rows,
+        scale=scale,
+        q_start=q_start,
+        leftpad_k=leftpad_k,
+        seqused_k=seqused_k,
+        pool=pool,
+        block_table=block_table,
+        layout=layout,
     )
     return scores

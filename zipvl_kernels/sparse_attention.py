@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from zipvl_kernels import _validate
+from zipvl_kernels import _checking, _validate
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -17,6 +17,9 @@ def sparse_attention(
     scale: float | None = None,
     q_start: Tensor | None = None,
     kv_compacted: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
     backend: str = "auto",
 ) -> Tensor:
     """Causal softmax attention among the tokens of the set (ZipVL, arXiv 2410.08584: sparse attention of the prefill).
@@ -25,13 +28,20 @@ def sparse_attention(
 
     Args:
         q: `[B, Hq, M, D]`, fp16, bf16 or fp32.
-        k, v: `[B, Hkv, N, D]`, as `q`.
+        k, v: `[B, Hkv, N, D]`, as `q`. With `block_table`, pools of pages in `layout`.
         indices: int32 `[B, G, N]`, the set's columns, ascending; `G` is 1 or `Hkv`. Entries past `counts` are not read.
         counts: int32 `[B, G]`, how many columns are in the set.
         scale: of the scores, default `D ** -0.5`.
-        q_start: int32 `[B]`, the column of query row 0; default `N - M` with the `N` of `indices`.
+        q_start: int32 `[B]`, the column of query row 0; default `N - M` with the `N` of `indices`; with
+            `block_table`, `seqused_k - M`.
         kv_compacted: rows `[0, counts)` of `k, v` already hold the set in order. Their number of rows may then differ
             from `N`, as long as it is at least the largest count.
+        seqused_k: int32 `[B]`, with `block_table` alone: the used rows, those of the queries included. It is where the
+            last query row stands by default, and with `kv_compacted` what it was before the others were dropped.
+        block_table: int32 `[B, max_blocks]`: row `j` of sequence `b` is row `j % block_size` of page
+            `block_table[b, j // block_size]`; `indices` may then have any width. Entries past the used rows are not
+            read into the result. With `ZIPVL_CHECK=1` in the environment the others are checked on the host first.
+        layout: of the pools, "NHD" `[num_blocks, block_size, Hkv, D]` or "HND" `[num_blocks, Hkv, block_size, D]`.
         backend: "auto", "reference", "triton" or "cuda".
 
     Returns:
@@ -40,11 +50,20 @@ def sparse_attention(
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.heads(q=q, k=k, v=v)
-    _validate.selection(indices, counts, k, any_width=kv_compacted)
+    _validate.layout(layout)
+    if block_table is None:
+        _validate.heads(q=q, k=k, v=v)
+        _validate.selection(indices, counts, k, any_width=kv_compacted)
+        if seqused_k is not None:
+            raise ValueError("seqused_k: expected None without a block_table; counts say how many columns are used")
+    else:
+        Hkv = _validate.paged(q, block_table, seqused_k, layout, k=k, v=v)
+        _validate.paged_selection(indices, counts, q.shape[0], Hkv, q.device)
     _validate.scale(scale)
-    _validate.per_sequence(q, q_start=q_start)
-    out: Tensor = _sparse_attention(q, k, v, indices, counts, scale, q_start, kv_compacted, backend)
+    _validate.per_sequence(q, q_start=q_start, seqused_k=seqused_k)
+    out: Tensor = _sparse_attention(
+        q, k, v, indices, counts, scale, q_start, kv_compacted, backend, seqused_k, block_table, layout
+    )
     return out
 
 
@@ -54,7 +73,7 @@ def _fake(q: Tensor, *rest: object) -> Tensor:
 
 @operator(
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, float? scale, Tensor? q_start, "
-    "bool kv_compacted, str backend) -> Tensor",
+    'bool kv_compacted, str backend, Tensor? seqused_k=None, Tensor? block_table=None, str layout="NHD") -> Tensor',
     _fake,
 )
 def _sparse_attention(
@@ -67,7 +86,24 @@ def _sparse_attention(
     q_start: Tensor | None,
     kv_compacted: bool,
     backend: str,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> Tensor:
+    if block_table is not None and seqused_k is not None and _checking.enabled():
+        _checking.sets(k, indices, counts, block_table, seqused_k, layout, kv_compacted)
     implementation = resolve("sparse_attention", backend, q.device.type)
-    out: Tensor = implementation(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=kv_compacted)
+    out: Tensor = implementation(
+        q,
+        k,
+        v,
+        indices,
+        counts,
+        scale=scale,
+        q_start=q_start,
+        kv_compacted=kv_compacted,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        layout=layout,
+    )
     return out

@@ -35,8 +35,12 @@ def lacks(
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     pool: str = "layer",
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
+    if block_table is not None:
+        return "block_table: expected None, since pages are read by the Triton kernel alone"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[3] not in HEAD_DIMS:
@@ -63,6 +67,8 @@ def score_tokens(
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
     pool: str = "layer",
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
     return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool)

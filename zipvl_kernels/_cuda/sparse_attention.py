@@ -31,8 +31,13 @@ def lacks(
     scale: float | None = None,
     q_start: Tensor | None = None,
     kv_compacted: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
+    if block_table is not None:
+        return "block_table: expected None, since pages are read by the Triton kernel alone"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[3] not in STAGES:
@@ -61,6 +66,9 @@ def sparse_attention(
     scale: float | None = None,
     q_start: Tensor | None = None,  # int32 [B]
     kv_compacted: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
     return launch(q, k, v, indices, counts, scale, q_start)

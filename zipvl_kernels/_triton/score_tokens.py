@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._triton import common
-from zipvl_kernels._triton.common import dense, interpreting
+from zipvl_kernels._triton.common import dense, interpreting, shared_kilobytes
+from zipvl_kernels._triton.pages import in_pool, stages
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 32  # of the columns, in the first launch
@@ -42,15 +43,20 @@ def score_tokens(
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
     pool: str = "layer",
+    block_table: Tensor | None = None,  # int32 [B, max_blocks]
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
-    config = (*tiles(q.dtype, q.shape[3]), *programs(k.shape[2]))
-    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, *config)
+    if block_table is not None and layout == "NHD":
+        k = k.transpose(1, 2)
+    N = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
+    config = (*tiles(q.dtype, q.shape[3]), *programs(N))
+    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, *config, block_table)
 
 
 def launch(
     q: Tensor,
-    k: Tensor,
+    k: Tensor,  # with a block table [num_blocks, Hkv, block_size, D]
     probe_rows: Tensor,
     scale: float | None,
     q_start: Tensor | None,
@@ -63,11 +69,15 @@ def launch(
     num_stages: int,
     row_programs: int,
     column_programs: int,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator with tiles of a given size, and about so many programs a sequence in each launch."""
     B, Hq, M, D = q.shape
     Hkv, N = k.shape[1:3]
-    P = probe_rows.shape[-1]
+    page, P = 0, probe_rows.shape[-1]
+    if block_table is not None:
+        N, page = N * block_table.shape[1], N
+        num_stages = stages(num_stages, 1) if shared_kilobytes(q.device) > 64 else 1
     if D > MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
     G = 1 if pool == "layer" else Hkv
@@ -97,6 +107,7 @@ def launch(
         dense(q_start),
         dense(leftpad_k),
         dense(seqused_k),
+        block_table,
         lse,
         arrived,
     )
@@ -105,6 +116,7 @@ def launch(
         *k.stride()[:3],
         rows_b,
         probe_rows.stride(-1),
+        *((0, 0, 0) if block_table is None else (*block_table.stride(), k.shape[0])),
         (D**-0.5 if scale is None else scale) * math.log2(math.e) or 1e-30,  # times -inf, 0 would be NaN
         M,
         N,
@@ -117,6 +129,7 @@ def launch(
         "BLOCK_D": max(16, common.power_of_2(D)),
         "BLOCK_P": block_p,
         "BLOCK_N": block_n,
+        "PAGE": page,
         "UPCAST": interpreting(),
         "num_warps": num_warps,
         "num_stages": num_stages,
@@ -140,9 +153,9 @@ def _share(N: int, shares: int, block_n: int) -> int:
     return -(-N // (shares * block_n)) * block_n
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _probes(  # type: ignore[no-untyped-def]
-    rows, q_start, leftpad_k, seqused_k, b, number, rows_b, rows_p, M, N, P
+    rows, q_start, leftpad_k, seqused_k, b, number, rows_b, rows_p, M, N, P, PAGE: tl.constexpr
 ):
     """For probes of the given numbers: their rows, the last column that each sees (-1: none), and the first valid."""
     first = 0
@@ -152,6 +165,8 @@ def _probes(  # type: ignore[no-untyped-def]
     if seqused_k is not None:
         end = tl.minimum(tl.load(seqused_k + b), N)
     start = N - M
+    if PAGE > 0:  # the last query row stands at the last used row
+        start = end - M
     if q_start is not None:
         start = tl.load(q_start + b)
     row = tl.load(rows + b * rows_b + number.to(tl.int64) * rows_p, mask=number < P, other=-1)
@@ -177,11 +192,12 @@ def _queries(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _row_sums(  # type: ignore[no-untyped-def]
     q,  # [B, Hq, M, D]
-    k,  # [B, Hkv, N, D]
+    k,  # [B, Hkv, N, D], or [num_blocks, Hkv, PAGE, D]
     rows,  # [P] or [B, P]
     q_start,  # [B] or None
     leftpad_k,  # [B] or None
     seqused_k,  # [B] or None
+    block_table,  # [B, N / PAGE] or None
     lse,  # [B, Hq, splits, P], written: log2 of the sum of exp2 of a probe's scores over a split
     arrived,  # [B, G, spans], cleared for the next launch
     q_b,
@@ -192,6 +208,9 @@ def _row_sums(  # type: ignore[no-untyped-def]
     k_n,
     rows_b,
     rows_p,
+    table_b,
+    table_n,
+    num_blocks,
     scale,  # in powers of two
     M,
     N,
@@ -205,6 +224,7 @@ def _row_sums(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,  # rows of a page; 0: there are no pages
     COUNTERS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -222,10 +242,12 @@ def _row_sums(  # type: ignore[no-untyped-def]
     h = kv * shared + part
 
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
-    row, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+    row, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
     Q = _queries(q + b * q_b + h.to(tl.int64) * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST)  # [P, D]
     scale = tl.abs(scale)
-    k += b * k_b + kv.to(tl.int64) * k_h
+    k += kv.to(tl.int64) * k_h
+    if PAGE == 0:
+        k += b * k_b
     d = tl.arange(0, BLOCK_D)  # [D]
     largest = tl.full([BLOCK_P], -3.0e38, tl.float32)  # [P], of the scores so far; finite where none is seen
     total = tl.zeros([BLOCK_P], tl.float32)  # [P], of the weights so far
@@ -234,7 +256,11 @@ def _row_sums(  # type: ignore[no-untyped-def]
     for j in range(begin, end, BLOCK_N):
         column = j + tl.arange(0, BLOCK_N)  # [N]
         inside = (column < end) & (d < D)[:, None]
-        K = tl.load(k + column.to(tl.int64)[None, :] * k_n + d[:, None], mask=inside, other=0)  # [D, N]
+        if PAGE == 0:
+            K = tl.load(k + column.to(tl.int64)[None, :] * k_n + d[:, None], mask=inside, other=0)  # [D, N]
+        else:
+            page, at_row = in_pool(block_table + b * table_b, column, column < end, table_n, num_blocks, PAGE)
+            K = tl.load(k + (page * k_b + at_row * k_n)[None, :] + d[:, None], mask=inside, other=0)
         if UPCAST:
             K = K.to(tl.float32)
         scores = tl.dot(Q, K, input_precision="ieee")  # [P, N]
@@ -249,11 +275,12 @@ def _row_sums(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _column_sums(  # type: ignore[no-untyped-def]
     q,  # [B, Hq, M, D]
-    k,  # [B, Hkv, N, D]
+    k,  # [B, Hkv, N, D], or [num_blocks, Hkv, PAGE, D]
     rows,  # [P] or [B, P]
     q_start,  # [B] or None
     leftpad_k,  # [B] or None
     seqused_k,  # [B] or None
+    block_table,  # [B, N / PAGE] or None
     lse,  # [B, Hq, splits, P]
     arrived,  # [B, G, spans], programs of a span that are done
     partial,  # [B, G, parts, N]
@@ -267,6 +294,9 @@ def _column_sums(  # type: ignore[no-untyped-def]
     k_n,
     rows_b,
     rows_p,
+    table_b,
+    table_n,
+    num_blocks,
     scale,  # in powers of two
     M,
     N,
@@ -284,6 +314,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what the first launch read last is still in L2
@@ -297,7 +328,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     first = 0
     for block in range(blocks):
         p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-        _, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+        _, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
         last = tl.maximum(last, at)
     begin = tl.maximum(place * span, first)
     end = tl.minimum((place + 1) * span, tl.max(last, 0) + 1)  # no probe sees a column from here on
@@ -308,7 +339,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     for item in range(part * blocks):
         h = (head + item // blocks).to(tl.int64)
         p = item % blocks * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
-        row, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+        row, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
         Q = tl.trans(_queries(q + b * q_b + h * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST))  # [D, P]
         s = tl.arange(0, SPLITS)[:, None]
         part_at = lse + ((b * Hq + h) * splits + s) * P + p  # [S, P]
@@ -316,12 +347,17 @@ def _column_sums(  # type: ignore[no-untyped-def]
         largest = tl.maximum(tl.max(parts_lse, 0), -3.0e38)  # [P]
         total = tl.sum(tl.exp2(parts_lse - largest), 0)
         whole = tl.where(total > 0, largest + tl.log2(total), float("inf"))  # [P], makes weights of 0 where none is
-        k_h_at = k + b * k_b + h // shared * k_h
+        k_h_at = k + h // shared * k_h
+        if PAGE == 0:
+            k_h_at += b * k_b
         for j in range(begin, end, BLOCK_N):
             column = j + n  # [N]
-            K = tl.load(
-                k_h_at + column.to(tl.int64)[:, None] * k_n + d, mask=(column < end)[:, None] & (d < D), other=0
-            )  # [N, D]
+            inside = (column < end)[:, None] & (d < D)
+            if PAGE == 0:
+                K = tl.load(k_h_at + column.to(tl.int64)[:, None] * k_n + d, mask=inside, other=0)  # [N, D]
+            else:
+                page, at_row = in_pool(block_table + b * table_b, column, column < end, table_n, num_blocks, PAGE)
+                K = tl.load(k_h_at + (page * k_b + at_row * k_n)[:, None] + d, mask=inside, other=0)
             if UPCAST:
                 K = K.to(tl.float32)
             scores = tl.dot(K, Q, input_precision="ieee")  # [N, P]
@@ -344,7 +380,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
             seen = tl.zeros([BLOCK_N], tl.int32)  # [N], how many probes see a column
             for block in range(blocks):
                 p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-                _, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+                _, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
                 seen += tl.sum((column[:, None] <= at).to(tl.int32), 1)
             mean = total / (tl.maximum(seen, 1) * (part * parts)).to(tl.float32)
             result = (b * G + g) * N + column

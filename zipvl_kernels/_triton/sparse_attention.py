@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zipvl_kernels._triton import common
 from zipvl_kernels._triton.common import dense, interpreting, shared_kilobytes
+from zipvl_kernels._triton.pages import in_pool, stages
 
 MAX_HEAD_DIM = 256
 ZERO_ROWS, ZERO_HEADS = 64, 8  # rows outside the set are cleared in blocks of so many, for so many heads
@@ -44,15 +45,20 @@ def sparse_attention(
     scale: float | None = None,
     q_start: Tensor | None = None,  # int32 [B]
     kv_compacted: bool = False,
+    seqused_k: Tensor | None = None,  # int32 [B], with a block table
+    block_table: Tensor | None = None,  # int32 [B, max_blocks]
+    layout: str = "NHD",
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
+    if block_table is not None and layout == "NHD":
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
     config = tiles(q.dtype, q.shape[3], shared_kilobytes(q.device))
-    return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *config)
+    return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *config, seqused_k, block_table)
 
 
 def launch(
     q: Tensor,
-    k: Tensor,
+    k: Tensor,  # with a block table [num_blocks, Hkv, block_size, D]
     v: Tensor,
     indices: Tensor,
     counts: Tensor,
@@ -63,29 +69,36 @@ def launch(
     block_n: int,
     num_warps: int,
     num_stages: int,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """The operator with tiles of a given size."""
     B, Hq, M, D = q.shape
     Hkv, N = k.shape[1:3]
     G, C = indices.shape[1:]
+    page = 0
+    if block_table is not None:
+        N, page = N * block_table.shape[1], N
+        num_stages = stages(num_stages, 1 if kv_compacted else 2)
     if D > MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if B == 0 or M == 0:
         return out
-    most = min(C, N) if kv_compacted else C  # of a set
+    most = min(C, N) if kv_compacted or page else C  # of a set
     attend = common.pieces(most, block_m) * B * Hq
     zero = common.pieces(M, ZERO_ROWS) * B * G * common.pieces(Hq // G, ZERO_HEADS)
     common.launch(
         _kernel,
         (attend + zero,),
-        (q, k, v, out, indices, counts, dense(q_start)),
+        (q, k, v, out, indices, counts, dense(q_start), dense(seqused_k), block_table),
         (
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             *indices.stride(),
             *counts.stride(),
+            *((0, 0, 0, 0) if block_table is None else (*block_table.stride(), k.shape[0], N)),
             (D**-0.5 if scale is None else scale) * math.log2(math.e),
             attend,
             M,
@@ -104,6 +117,7 @@ def launch(
         ZERO_ROWS=ZERO_ROWS,
         ZERO_HEADS=ZERO_HEADS,
         COMPACTED=kv_compacted,
+        PAGE=page,
         UPCAST=interpreting(),
         num_warps=num_warps,
         num_stages=num_stages,
@@ -111,15 +125,28 @@ def launch(
     return out
 
 
+@triton.jit
+def _start(q_start, seqused_k, b, M, default_start):  # type: ignore[no-untyped-def]
+    """The column of query row 0."""
+    start = default_start
+    if q_start is not None:
+        start = tl.load(q_start + b)
+    elif seqused_k is not None:
+        start = tl.load(seqused_k + b) - M
+    return start
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     q,  # [B, Hq, M, D]
-    k,  # [B, Hkv, N, D]
-    v,  # [B, Hkv, N, D]
+    k,  # [B, Hkv, N, D], or [num_blocks, Hkv, PAGE, D]
+    v,
     out,  # [B, Hq, M, D], dense
     indices,  # [B, G, C]
     counts,  # [B, G]
     q_start,  # [B] or None
+    seqused_k,  # [B], or None where there are no pages
+    block_table,  # [B, N / PAGE] or None
     q_b,
     q_h,
     q_m,
@@ -134,6 +161,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     indices_n,
     counts_b,
     counts_g,
+    table_b,
+    table_n,
+    num_blocks,
+    N,
     scale,  # in powers of two
     attend,  # how many programs attend; the rest clear rows
     M,
@@ -151,6 +182,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     ZERO_ROWS: tl.constexpr,
     ZERO_HEADS: tl.constexpr,
     COMPACTED: tl.constexpr,
+    PAGE: tl.constexpr,  # rows of a page; 0: there are no pages
     UPCAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -165,9 +197,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         blocks = tl.cdiv(M, ZERO_ROWS)
         b = (pid // shares // G // blocks).to(tl.int64)
         row = pid // shares // G % blocks * ZERO_ROWS + tl.arange(0, ZERO_ROWS)  # [R]
-        start = default_start
-        if q_start is not None:
-            start = tl.load(q_start + b)
+        start = _start(q_start, seqused_k, b, M, default_start)
         columns = indices + b * indices_b + g.to(tl.int64) * indices_g
         count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), most)
         low = tl.zeros([ZERO_ROWS], tl.int32)  # [R], how many members stand before the row
@@ -197,9 +227,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     tile = tl.cdiv(count, BLOCK_M) - 1 - level  # the last tile sees the most keys and goes first
     if tile < 0:
         return
-    start = default_start
-    if q_start is not None:
-        start = tl.load(q_start + b)
+    start = _start(q_start, seqused_k, b, M, default_start)
     columns = indices + b * indices_b + g.to(tl.int64) * indices_g
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M], number in the set
     row = tl.load(columns + i.to(tl.int64) * indices_n, mask=i < count, other=-1) - start
@@ -208,8 +236,11 @@ def _kernel(  # type: ignore[no-untyped-def]
         return
 
     q += b * q_b + h.to(tl.int64) * q_h
-    k += b * k_b + kv.to(tl.int64) * k_h
-    v += b * v_b + kv.to(tl.int64) * v_h
+    k += kv.to(tl.int64) * k_h
+    v += kv.to(tl.int64) * v_h
+    if PAGE == 0:
+        k += b * k_b
+        v += b * v_b
     Q = tl.load(q + row.to(tl.int64)[:, None] * q_m + d, mask=here[:, None] & (d < D), other=0)  # [M, D]
     if scale < 0:  # a positive scale lets the maximum be taken before scaling
         Q = (-Q.to(tl.float32)).to(Q.dtype)
@@ -232,8 +263,14 @@ def _kernel(  # type: ignore[no-untyped-def]
                     at = tl.load(columns + at * indices_n, mask=j < count, other=0).to(tl.int64)
                 else:
                     at = tl.load(columns + at * indices_n).to(tl.int64)
-            k_at = k + at[None, :] * k_n + d[:, None]  # [D, N]
-            v_at = v + at[:, None] * v_n + d  # [N, D]
+            if PAGE == 0:
+                k_at = k + at[None, :] * k_n + d[:, None]  # [D, N]
+                v_at = v + at[:, None] * v_n + d  # [N, D]
+            else:
+                column = tl.minimum(tl.maximum(at, 0), N - 1).to(tl.int32)
+                page, at = in_pool(block_table + b * table_b, column, j < count, table_n, num_blocks, PAGE)
+                k_at = k + (page * k_b + at * k_n)[None, :] + d[:, None]
+                v_at = v + (page * v_b + at * v_n)[:, None] + d
             if masked:
                 K = tl.load(k_at, mask=(j < count) & (d < D)[:, None], other=0)
                 V = tl.load(v_at, mask=(j < count)[:, None] & (d < D), other=0)
