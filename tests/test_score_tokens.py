@@ -75,7 +75,7 @@ def test_contract_triton_over_pages_and_several_tiles():
     ):
         k = k.transpose(1, 2) if layout == "NHD" else k
         where = q_start, leftpad_k, seqused_k
-        return launch(q, k, probe_rows, None, *where, pool, 16, 16, 4, 1, 12, 6, block_table)
+        return launch(q, k, probe_rows, None, *where, pool, 16, 16, 4, 1, 12, 6, block_table=block_table)
 
     check_paged_score_tokens(fn, device=DEVICE, derandomize=True, max_examples=5, block_sizes=(1, 3, 16))
 
@@ -306,6 +306,7 @@ paged_q, (pool_k, _), paged = over_pages(4, "NHD", "cpu")
         (ValueError, r"seqused_k: expected int32 \[B\] with a block_table, got None", {"seqused_k": None}),
         (ValueError, r"seqused_k: .*\[2\].*\[2, 2\]", {"seqused_k": torch.zeros(2, 2, dtype=torch.int32)}),
         (ValueError, "layout: .*'NHD' or 'HND'.*'BHND'", {"layout": "BHND"}),
+        (ValueError, "cu_seqlens: expected None with a block_table", {"cu_seqlens": rows, "max_seqlen": 3}),
     ],
 )
 def test_errors_of_pages(error, match, changed):
@@ -328,7 +329,8 @@ def test_empty_over_pages(sizes, backend):
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_registration_over_pages(dtype, layout):
     q, (k, _), paged = over_pages(4, layout, "cpu", dtype=dtype)
-    arguments = (q, k, rows, 0.5, None, None, paged["seqused_k"], "kv_head", "auto", paged["block_table"], layout)
+    where = paged["seqused_k"], "kv_head", "auto", None, None, paged["block_table"], layout
+    arguments = (q, k, rows, 0.5, None, None, *where)
     torch.library.opcheck(torch.ops.zipvl.score_tokens.default, arguments)
 
 

@@ -82,7 +82,7 @@ def test_contract_triton_over_pages_and_several_tiles():
     def fn(q, k, v, indices, counts, *, q_start=None, kv_compacted=False, seqused_k=None, block_table=None, layout=""):
         k, v = (x.transpose(1, 2) if layout == "NHD" else x for x in (k, v))
         tiles = 16, 16, 4, 2
-        return launch(q, k, v, indices, counts, None, q_start, kv_compacted, *tiles, seqused_k, block_table)
+        return launch(q, k, v, indices, counts, None, q_start, kv_compacted, *tiles, None, None, seqused_k, block_table)
 
     check_paged_sparse_attention(fn, device=DEVICE, derandomize=True, max_examples=8, block_sizes=(1, 3, 16))
 
@@ -330,6 +330,7 @@ PAGED = {"q": paged_q, "k": pool_k, "v": pool_v, "indices": indices, "counts": c
         (ValueError, r"seqused_k: expected int32 \[B\] with a block_table, got None", {"seqused_k": None}),
         (ValueError, r"seqused_k: .*\[2\].*\[2, 2\]", {"seqused_k": torch.zeros(2, 2, dtype=torch.int32)}),
         (ValueError, "layout: .*'NHD' or 'HND'.*'BHND'", {"layout": "BHND"}),
+        (ValueError, "cu_seqlens: expected None with a block_table", {"cu_seqlens": counts[:, 0], "max_seqlen": 3}),
         (
             ValueError,
             "seqused_k: expected None without a block_table",
@@ -361,7 +362,7 @@ def test_empty_over_pages(sizes, kv_compacted, backend):
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_registration_over_pages(dtype, layout):
     q, pools, paged = over_pages(4, layout, "cpu", dtype=dtype)
-    where = None, False, "auto", paged["seqused_k"], paged["block_table"], layout
+    where = None, False, "auto", None, None, paged["seqused_k"], paged["block_table"], layout
     torch.library.opcheck(torch.ops.zipvl.sparse_attention.default, (q, *pools, indices, counts, 0.5, *where))
 
 

@@ -11,6 +11,11 @@ Common to all operators:
 - Query row `i` of sequence `b` stands at column `q_start[b] + i`; default `N - M` (bottom-right causal).
 - Valid columns of sequence `b` are `[leftpad_k[b], seqused_k[b])`; default `[0, N)`. Padding is never attended, scored
   or kept. These three are int32 `[B]` on the device of `q`.
+- Packed sequences, for `score_tokens`, `select_tokens`, `compact_kv_`, `sparse_attention` and `zipvl_prefill_`:
+  `q [T, Hq, D]` and `k, v [T, Hkv, D]` with `cu_seqlens`, int32 `[B + 1]` on the device, and `max_seqlen`, no less than
+  the longest length. Sequence `b` is rows `[cu_seqlens[b], cu_seqlens[b + 1])` of both, with no padding; scores and
+  indices are `[G, T]`, and rows and columns count within the sequence. Bounds that are wrong never lead out of a
+  tensor; with `ZIPVL_CHECK=1` in the environment they are checked on the host first.
 - `scale` of the scores defaults to `D ** -0.5`.
 - `backend` is "auto", "reference", "triton" or "cuda". An explicit one never falls back: it raises RuntimeError and
   says what is missing.

@@ -5,6 +5,7 @@ that names the sequence, and the page where there is one, before anything is wri
 """
 
 import os
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -12,6 +13,20 @@ from torch import Tensor
 def enabled() -> bool:
     """Whether the environment asks for them, now."""
     return os.environ.get("ZIPVL_CHECK") == "1"
+
+
+def sequences(cu_seqlens: Tensor, max_seqlen: int | None, T: int | None = None) -> None:
+    """Packed sequences start at row 0, one at the end of another, end at row `T` or before, and none is too long."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens: expected sequence 0 to start at row 0, got {bounds[0]}")
+    for b, (start, end) in enumerate(pairwise(bounds)):
+        if end < start:
+            raise ValueError(f"cu_seqlens: sequence {b} starts at row {start} and ends before it, at {end}")
+        if T is not None and end > T:
+            raise ValueError(f"cu_seqlens: sequence {b} ends at row {end}, and there are {T} rows")
+        if max_seqlen is not None and end - start > max_seqlen:
+            raise ValueError(f"max_seqlen: sequence {b} has length {end - start}, which is more than {max_seqlen}")
 
 
 def pages(

@@ -10,22 +10,60 @@ MAX_DECODE_ROWS = 16
 LAYOUTS = {"NHD": "[num_blocks, block_size, Hkv, D]", "HND": "[num_blocks, Hkv, block_size, D]"}
 
 
-def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
-    """`q [B, Hq, M, D]` with `k, v [B, Hkv, N, D]`: one dtype and device, `Hq % Hkv == 0`, last dim contiguous."""
-    B, Hq, _, D = _heads("q", q, "q", q)
-    B_k, Hkv, _, D_k = _heads("k", k, "q", q)
-    if B_k != B or D_k != D:
-        raise ValueError(f"k: expected [B, Hkv, N, D] with B = {B} and D = {D} as in q, got shape {_shape(k)}")
+def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None, packed: bool | None = None) -> None:
+    """`q [B, Hq, M, D]` with `k, v [B, Hkv, N, D]`: one dtype and device, `Hq % Hkv == 0`, last dim contiguous.
+
+    With `packed`, `q [T, Hq, D]` and `k, v [T, Hkv, D]`; `packed` is None for an operator that has no such form.
+    """
+    rows = _FORMS[packed]
+    q_shape, k_shape = _heads("q", q, "q", q, rows), _heads("k", k, "q", q, rows)
+    if k_shape[0] != q_shape[0] or k_shape[-1] != q_shape[-1]:
+        wanted, first = ("[T, Hkv, D]", "T") if packed else ("[B, Hkv, N, D]", "B")
+        raise ValueError(
+            f"k: expected {wanted} with {first} = {q_shape[0]} and D = {q_shape[-1]} as in q, got shape {_shape(k)}"
+        )
+    Hq, Hkv = q_shape[1], k_shape[1]
     if Hq % Hkv:
         raise ValueError(f"k: expected a number of heads that divides the {Hq} heads of q, got {Hkv} ({_shape(k)})")
     if v is not None:
-        _same_as_k(v, k)
+        _same_as_k(v, k, wanted=rows)
 
 
-def pair(k: Tensor, v: Tensor) -> None:
-    """`k, v [B, Hkv, N, D]`: one shape, dtype and device, last dim contiguous."""
-    _heads("k", k, "k", k)
-    _same_as_k(v, k)
+def pair(k: Tensor, v: Tensor, packed: bool | None = None) -> None:
+    """`k, v [B, Hkv, N, D]`, or `[T, Hkv, D]` with `packed`: one shape, dtype and device, last dim contiguous."""
+    _heads("k", k, "k", k, _FORMS[packed])
+    _same_as_k(v, k, wanted=_FORMS[packed])
+
+
+def sequence_bounds(cu_seqlens: Tensor, device: torch.device | None) -> torch.device:
+    """int32 `[B + 1]` on `device`, or on any; returns on which."""
+    _tensor("cu_seqlens", cu_seqlens)
+    bounds = cu_seqlens.shape[0] if cu_seqlens.dim() == 1 else 0
+    if device is not None and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    int32("cu_seqlens", cu_seqlens, device or cu_seqlens.device, (max(bounds, 1),), meaning="[B + 1]")
+    return cu_seqlens.device
+
+
+def sequences(
+    cu_seqlens: Tensor | None, max_seqlen: int | None, T: int | None, device: torch.device, **padded: Tensor | None
+) -> int | None:
+    """`max_seqlen`, at most `T`, for int32 `cu_seqlens [B + 1]` on `device`; None where both are None.
+
+    `padded` are the arguments that only sequences of one length have, and packed ones leave None.
+    """
+    if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen!r}")
+        return None
+    sequence_bounds(cu_seqlens, device)
+    if max_seqlen is None:
+        raise ValueError("max_seqlen: expected a whole number with cu_seqlens, got None")
+    not_negative(max_seqlen=max_seqlen)
+    for name, x in padded.items():
+        if x is not None:
+            raise ValueError(f"{name}: expected None with cu_seqlens, which says where sequences are, got {_type(x)}")
+    return max_seqlen if T is None else min(max_seqlen, T)
 
 
 def layout(x: str) -> None:
@@ -65,9 +103,18 @@ def block_table(x: Tensor, device: torch.device, B: int | None = None) -> int:
 
 
 def paged(
-    q: Tensor, table: Tensor, seqused_k: Tensor | None, layout: str, *, k: Tensor, v: Tensor | None = None
+    q: Tensor,
+    table: Tensor,
+    seqused_k: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+    *,
+    k: Tensor,
+    v: Tensor | None = None,
 ) -> int:
     """Pools `k, v` in `layout` that fit `q [B, Hq, M, D]`, with a block table and used lengths; returns `Hkv`."""
+    if cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens: expected None with a block_table, got {_type(cu_seqlens)}")
     Hkv = pools(k, v, layout, q=q)
     block_table(table, q.device, q.shape[0])
     if seqused_k is None:
@@ -115,6 +162,13 @@ def probe_numbers(probe_rows: Tensor, B: int, device: torch.device) -> None:
     int32("probe_rows", probe_rows, device, (P,), (B, P), meaning="[P] or [B, P]")
 
 
+def packed_selection(indices: Tensor, counts: Tensor, k: Tensor, cu_seqlens: Tensor) -> None:
+    """`indices [G, T]` and `counts [B, G]` for `k [T, Hkv, D]` and `cu_seqlens [B + 1]`."""
+    T, Hkv = k.shape[:2]
+    int32("indices", indices, k.device, (1, T), (Hkv, T), meaning="[G, T] with G = 1 or Hkv")
+    int32("counts", counts, k.device, (cu_seqlens.shape[0] - 1, indices.shape[0]), meaning="[B, G]")
+
+
 def selection(indices: Tensor, counts: Tensor, k: Tensor, *, any_width: bool = False) -> None:
     """`indices [B, G, N]` and `counts [B, G]` for `k [B, Hkv, N, D]`; with `any_width`, `N` of `k` may be another."""
     B, Hkv = k.shape[:2]
@@ -134,14 +188,15 @@ def paged_selection(indices: Tensor, counts: Tensor, B: int, Hkv: int, device: t
     return G
 
 
-def scores(accumulated: Tensor, normalized: Tensor) -> None:
-    """Two fp32 `[B, G, N]` of one shape and device."""
+def scores(accumulated: Tensor, normalized: Tensor, packed: bool = False) -> None:
+    """Two fp32 `[B, G, N]`, or `[G, T]` with `packed`, of one shape and device."""
+    wanted = "[G, T] with cu_seqlens" if packed else "[B, G, N], or [G, T] with cu_seqlens"
     for name, x in (("accumulated", accumulated), ("normalized", normalized)):
         _tensor(name, x)
         if x.dtype != torch.float32:
-            raise TypeError(f"{name}: expected float32 [B, G, N], got {x.dtype}")
-        if x.dim() != 3:
-            raise ValueError(f"{name}: expected float32 [B, G, N], got shape {_shape(x)}")
+            raise TypeError(f"{name}: expected float32 {wanted}, got {x.dtype}")
+        if x.dim() != (2 if packed else 3):
+            raise ValueError(f"{name}: expected float32 {wanted}, got shape {_shape(x)}")
     if normalized.shape != accumulated.shape:
         raise ValueError(
             f"normalized: expected the shape of accumulated, {_shape(accumulated)}, got {_shape(normalized)}"
@@ -213,15 +268,16 @@ def decode_rows(q: Tensor) -> None:
         raise ValueError(f"q: expected at most {MAX_DECODE_ROWS} query rows (M), got shape {_shape(q)}")
 
 
-_ROWS = "[batch, heads, rows, head dim]"
+_ROWS, _PACKED = "[batch, heads, rows, head dim]", "[rows, heads, head dim] with cu_seqlens"
+_FORMS = {None: _ROWS, False: f"{_ROWS}, or {_PACKED}", True: _PACKED}
 
 
 def _heads(name: str, x: Tensor, other: str, like: Tensor, wanted: str = _ROWS) -> torch.Size:
-    """The shape of a float tensor of rank 4 with a contiguous last dim, dtype and device of `like`, named `other`."""
+    """The shape of a float tensor, as `wanted`, last dim contiguous, with dtype and device of `like`, named `other`."""
     if not isinstance(x, Tensor):
         _tensor(name, x)
     shape, dtype = x.shape, x.dtype
-    if len(shape) != 4:
+    if len(shape) != (3 if wanted is _PACKED else 4):
         raise ValueError(f"{name}: expected {wanted}, got shape {_shape(x)}")
     if x is like or dtype != like.dtype:
         if dtype not in _FLOATS:
@@ -230,10 +286,9 @@ def _heads(name: str, x: Tensor, other: str, like: Tensor, wanted: str = _ROWS) 
             raise TypeError(f"{name}: expected {like.dtype} like {other}, got {dtype}")
     if x is not like and x.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} like {other}, got one on {x.device}")
-    _, heads, _, D = shape
-    if heads < 1 or D < 1:
+    if shape[1] < 1 or shape[-1] < 1:
         raise ValueError(f"{name}: expected at least one head and a head dim of at least 1, got shape {_shape(x)}")
-    if x.stride()[3] != 1 and D > 1:
+    if x.stride()[-1] != 1 and shape[-1] > 1:
         raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()} for shape {_shape(x)}")
     return shape
 
@@ -245,7 +300,11 @@ def _same_as_k(v: Tensor, k: Tensor, suffix: str = "", wanted: str = _ROWS) -> N
 
 def _tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {_type(x)}")
+
+
+def _type(x: object) -> str:
+    return type(x).__name__
 
 
 def _shape(x: Tensor) -> list[int]:

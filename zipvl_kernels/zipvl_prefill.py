@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _validate
+from zipvl_kernels import _checking, _validate
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -33,13 +33,15 @@ def zipvl_prefill_(
     seqused_k: Tensor | None = None,
     pool: str = "layer",
     backend: str = "auto",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ZipVL's prefill of one layer (arXiv 2410.08584): `probe_rows`, `score_tokens`, `select_tokens`, `compact_kv_` and
     `sparse_attention` on what is left. `k` and `v` end up compacted: rows `[0, counts)` hold the kept ones in order.
 
     Args:
-        q: `[B, Hq, M, D]`, fp16, bf16 or fp32.
-        k, v: `[B, Hkv, N, D]`, as `q`, written in place; two buffers with memory of their own.
+        q: `[B, Hq, M, D]`, fp16, bf16 or fp32; packed `[T, Hq, D]`.
+        k, v: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. Written in place: two buffers with memory of their own.
         tau: share of the attention mass to keep, in (0, 1].
         keep_ratio: share of the tokens to keep, in (0, 1]; when given, it takes the place of `tau`.
         num_recent, num_random, seed: as for `probe_rows`.
@@ -49,22 +51,26 @@ def zipvl_prefill_(
         leftpad_k, seqused_k: int32 `[B]`, valid columns are `[leftpad_k, seqused_k)`; default `[0, N)`.
         pool: "layer" keeps one set of tokens (`G = 1`), "kv_head" one for each KV head (`G = Hkv`).
         backend: "auto", "reference", "triton" or "cuda".
+        cu_seqlens, max_seqlen: int32 `[B + 1]` and a whole number, for packed sequences: each has the result that it
+            has alone, and its kept rows at the front of its own. The padding arguments and `q_start` are then None.
 
     Returns:
-        `out [B, Hq, M, D]`, dtype of `q`, 0 in rows that were not kept; `indices`, int32 `[B, G, N]`, the kept columns,
-        ascending, then -1; `counts`, int32 `[B, G]`.
+        `out`, shape and dtype of `q`, 0 in rows that were not kept; `indices`, int32 `[B, G, N]`, packed `[G, T]`, the
+        kept columns, ascending, then -1; `counts`, int32 `[B, G]`.
 
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available for one of the steps.
     """
-    _validate.heads(q=q, k=k, v=v)
+    _validate.heads(q=q, k=k, v=v, packed=cu_seqlens is not None)
+    places = {"q_start": q_start, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
+    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
     _validate.own_memory(k, v)
     _validate.ratio("tau", tau) if keep_ratio is None else _validate.ratio("keep_ratio", keep_ratio)
     _validate.probes(num_recent, num_random)
     _validate.whole_number("seed", seed)
     _validate.not_negative(keep_first=keep_first, keep_recent=keep_recent)
     _validate.scale(scale)
-    _validate.per_sequence(q, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k)
+    _validate.per_sequence(q, **places)
     _validate.pool(pool)
     result: tuple[Tensor, Tensor, Tensor] = _zipvl_prefill_(
         q,
@@ -83,6 +89,8 @@ def zipvl_prefill_(
         seqused_k,
         pool,
         backend,
+        cu_seqlens,
+        max_seqlen,
     )
     return result
 
@@ -104,11 +112,14 @@ def _fake(
     seqused_k: Tensor | None,
     pool: str,
     backend: str,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, Hkv, N, _ = k.shape
-    G = 1 if pool == "layer" else Hkv
-    indices, counts = q.new_empty((B, G, N), dtype=torch.int32), q.new_empty((B, G), dtype=torch.int32)
-    return q.new_empty(q.shape), indices, counts
+    G = 1 if pool == "layer" else k.shape[1]
+    B, shape = k.shape[0], (k.shape[0], G, k.shape[-2])
+    if cu_seqlens is not None:
+        B, shape = cu_seqlens.shape[0] - 1, (G, k.shape[0])  # type: ignore[assignment]
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.int32), q.new_empty((B, G), dtype=torch.int32)
 
 
 @cache
@@ -134,7 +145,8 @@ def _fused(backend: str, device: torch.device) -> Callable[..., tuple[Tensor, Te
 @operator(
     "zipvl_prefill_(Tensor q, Tensor(a!) k, Tensor(b!) v, float tau, float? keep_ratio, int num_recent, "
     "int num_random, int seed, int keep_first, int keep_recent, float? scale, Tensor? q_start, Tensor? leftpad_k, "
-    "Tensor? seqused_k, str pool, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? seqused_k, str pool, str backend, Tensor? cu_seqlens=None, "
+    "SymInt? max_seqlen=None) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
 def _zipvl_prefill_(
@@ -154,19 +166,31 @@ def _zipvl_prefill_(
     seqused_k: Tensor | None,
     pool: str,
     backend: str,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if cu_seqlens is not None and _checking.enabled():
+        _checking.sequences(cu_seqlens, max_seqlen, q.shape[0])
     fused = _fused(backend, q.device)
     if fused:
         options = num_recent, num_random, seed, keep_first, keep_recent, scale, q_start, leftpad_k, seqused_k, pool
-        found = fused(q, k, v, tau, keep_ratio, *options)
+        found = fused(q, k, v, tau, keep_ratio, *options, cu_seqlens, max_seqlen)
         if not isinstance(found, str):
             return found
         if found and backend == "cuda":
             raise ValueError(f"backend='cuda': {found}")
     probe_rows, score_tokens, select_tokens, compact_kv_, sparse_attention = _steps(backend, q.device.type)
-    rows = probe_rows(q.shape[2], num_recent=num_recent, num_random=num_random, seed=seed, device=q.device)
+    where = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    rows = probe_rows(
+        q.shape[2] if max_seqlen is None else max_seqlen,
+        num_recent=num_recent,
+        num_random=num_random,
+        seed=seed,
+        device=q.device,
+        cu_seqlens=cu_seqlens,
+    )
     accumulated, normalized = score_tokens(
-        q, k, rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool
+        q, k, rows, scale=scale, q_start=q_start, leftpad_k=leftpad_k, seqused_k=seqused_k, pool=pool, **where
     )
     indices, counts = select_tokens(
         accumulated,
@@ -177,7 +201,8 @@ def _zipvl_prefill_(
         keep_recent=keep_recent,
         leftpad_k=leftpad_k,
         seqused_k=seqused_k,
+        **where,
     )
-    compact_kv_(k, v, indices, counts)
-    out = sparse_attention(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=True)
+    compact_kv_(k, v, indices, counts, **where)
+    out = sparse_attention(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=True, **where)
     return out, indices, counts

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zipvl_reference.packed import Packed
 from zipvl_reference.pages import in_rows
 from zipvl_reference.sparse_attention import fp32_copy
 
@@ -19,10 +20,20 @@ def score_tokens(
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
     pool: str = "layer",
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
     block_table: Tensor | None = None,  # int32 [B, max_blocks]; k is then a pool of pages
     layout: str = "NHD",  # [num_blocks, block_size, Hkv, D], or "HND": [num_blocks, Hkv, block_size, D]
 ) -> tuple[Tensor, Tensor]:
-    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
+    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`.
+
+    With `cu_seqlens` of packed `q [T, Hq, D]` and `k [T, Hkv, D]`, `[G, T]`.
+    """
+    if cu_seqlens is not None:
+        packed = Packed(cu_seqlens, max_seqlen, q.shape[0])
+        padded = packed.heads(q), packed.heads(k), probe_rows
+        a, n = score_tokens(*padded, scale=scale, seqused_k=packed.lengths, pool=pool)
+        return packed.packed_groups(a), packed.packed_groups(n)
     if block_table is not None and seqused_k is not None:
         k = in_rows(k, block_table, layout)
         seqused_k = seqused_k.clamp(max=k.shape[2])

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from zipvl_reference.packed import Packed
+
 MAX = 2**63 - 1
 
 
@@ -16,11 +18,26 @@ def select_tokens(
     keep_recent: int = 1,
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Ascending columns of the kept set, then -1, int32 `[B, G, N]`; how many there are, int32 `[B, G]`.
 
-    Exact in integers: masses, and their sums, saturate at 2**63 - 1.
+    With `cu_seqlens` of packed scores `[G, T]`, columns count within their sequence, `[G, T]`. Exact in integers:
+    masses, and their sums, saturate at 2**63 - 1.
     """
+    if cu_seqlens is not None:
+        packed = Packed(cu_seqlens, max_seqlen, accumulated.shape[1])
+        indices, counts = select_tokens(
+            packed.groups(accumulated),
+            packed.groups(normalized),
+            tau=tau,
+            keep_ratio=keep_ratio,
+            keep_first=keep_first,
+            keep_recent=keep_recent,
+            seqused_k=packed.lengths,
+        )
+        return packed.packed_groups(indices), counts
     B, _, N = accumulated.shape
     column = torch.arange(N, dtype=torch.int32, device=accumulated.device)
     first = column.new_zeros(B, 1, 1) if leftpad_k is None else leftpad_k.view(B, 1, 1)

@@ -17,6 +17,11 @@ _ADDRESSES, _NUMBERS = struct.Struct("=QI"), struct.Struct("=6I4x")  # an addres
 seed_key = lru_cache(maxsize=1024)(_seed_key)
 
 
+def lacks(num_rows: int, *, cu_seqlens: Tensor | None = None, **options: object) -> str:
+    """What keeps this kernel from these arguments, "" where nothing does."""
+    return "" if cu_seqlens is None else "cu_seqlens: expected None, got packed sequences"
+
+
 def probe_rows(
     num_rows: int,
     *,
@@ -24,6 +29,7 @@ def probe_rows(
     num_random: int = 64,
     seed: int = 0,
     device: torch.device | str | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Ascending, distinct row numbers: the last `num_recent`, and `num_random` of the rest. int32 `[P]`."""
     P = min(num_rows, num_recent + num_random)

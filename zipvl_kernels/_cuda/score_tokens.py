@@ -35,12 +35,16 @@ def lacks(
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     pool: str = "layer",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     block_table: Tensor | None = None,
     layout: str = "NHD",
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
     if block_table is not None:
         return "block_table: expected None, since pages are read by the Triton kernel alone"
+    if cu_seqlens is not None:
+        return "cu_seqlens: expected None, got packed sequences"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[3] not in HEAD_DIMS:
@@ -67,6 +71,8 @@ def score_tokens(
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
     pool: str = "layer",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     block_table: Tensor | None = None,
     layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,12 @@ def lacks(
     keep_recent: int = 1,
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
+    if cu_seqlens is not None:
+        return "cu_seqlens: expected None, got packed sequences"
     if accumulated.shape[2] > MOST_COLUMNS:
         return f"accumulated: expected at most {MOST_COLUMNS} columns, got shape {list(accumulated.shape)}"
     if common.capability(accumulated.device) < (8, 0):
@@ -45,6 +49,8 @@ def select_tokens(
     keep_recent: int = 1,
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Ascending columns of the kept set, then -1, int32 `[B, G, N]`; how many there are, int32 `[B, G]`."""
     return launch(accumulated, normalized, tau, keep_ratio, keep_first, keep_recent, leftpad_k, seqused_k)

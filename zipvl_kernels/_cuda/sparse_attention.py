@@ -31,6 +31,8 @@ def lacks(
     scale: float | None = None,
     q_start: Tensor | None = None,
     kv_compacted: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
     layout: str = "NHD",
@@ -38,6 +40,8 @@ def lacks(
     """What keeps this kernel from these arguments, "" where nothing does."""
     if block_table is not None:
         return "block_table: expected None, since pages are read by the Triton kernel alone"
+    if cu_seqlens is not None:
+        return "cu_seqlens: expected None, got packed sequences"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[3] not in STAGES:
@@ -66,6 +70,8 @@ def sparse_attention(
     scale: float | None = None,
     q_start: Tensor | None = None,  # int32 [B]
     kv_compacted: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
     layout: str = "NHD",

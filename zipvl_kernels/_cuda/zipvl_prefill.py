@@ -52,8 +52,12 @@ def zipvl_prefill_(
     leftpad_k: Tensor | None,  # int32 [B]
     seqused_k: Tensor | None,  # int32 [B]
     pool: str,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | str:
     """`out`, indices and counts; or, with nothing done, what keeps kernels from the arguments, "" if they are empty."""
+    if cu_seqlens is not None:
+        return "cu_seqlens: expected None, got packed sequences"
     device = q.device
     if device.index != common.current_device():
         with torch.cuda.device(device):

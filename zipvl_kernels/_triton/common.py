@@ -5,6 +5,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -84,6 +86,25 @@ def power_of_2(n: int) -> int:
 def interpreting() -> bool:
     """Kernels run on the CPU. Arithmetic in bf16 is wrong there, so they upcast first."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def of_each(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Packed `x [T, heads, D]` as `[B, heads, T, D]`: all rows to each sequence, whose first one kernels add."""
+    return x.transpose(0, 1).expand(cu_seqlens.shape[0] - 1, -1, -1, -1)
+
+
+@triton.jit
+def sequence(cu_seqlens, b, T, N):  # type: ignore[no-untyped-def]
+    """First row of packed sequence `b` among `T`, and how many it has, `N` at most; 0 and `N` where none are packed.
+
+    Whatever the bounds are, the rows exist.
+    """
+    if cu_seqlens is None:
+        return 0, N
+    else:
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), start), T)
+        return start.to(tl.int64), tl.minimum(end - start, N)
 
 
 def dense(x: Tensor | None) -> Tensor | None:

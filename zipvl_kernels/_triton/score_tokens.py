@@ -13,12 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._triton import common
-from zipvl_kernels._triton.common import dense, interpreting, shared_kilobytes
+from zipvl_kernels._triton.common import dense, interpreting, of_each, sequence, shared_kilobytes
 from zipvl_kernels._triton.pages import in_pool, stages
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 32  # of the columns, in the first launch
 MAX_PARTS = 10  # of a group's heads, in the second launch: each takes 4 bytes a column
+SHORT, FEW = 8192, 264  # so many programs at most for a sequence of so many columns
 
 
 def tiles(dtype: torch.dtype, D: int) -> tuple[int, int, int, int]:
@@ -30,7 +31,7 @@ def tiles(dtype: torch.dtype, D: int) -> tuple[int, int, int, int]:
 
 def programs(N: int) -> tuple[int, int]:
     """About how many programs for one sequence in each launch: two a multiprocessor, or some rounds of that."""
-    return (264, 264) if N <= 8192 else (1056, 528)
+    return (FEW, FEW) if N <= SHORT else (1056, 528)
 
 
 def score_tokens(
@@ -43,15 +44,23 @@ def score_tokens(
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
     pool: str = "layer",
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
     block_table: Tensor | None = None,  # int32 [B, max_blocks]
     layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
-    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
+    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`.
+
+    With `cu_seqlens` of packed `q [T, Hq, D]` and `k [T, Hkv, D]`, `[G, T]`.
+    """
     if block_table is not None and layout == "NHD":
         k = k.transpose(1, 2)
-    N = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
-    config = (*tiles(q.dtype, q.shape[3]), *programs(N))
-    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, *config, block_table)
+    N = k.shape[-2] if max_seqlen is None else min(max_seqlen, k.shape[0])
+    if block_table is not None:
+        N *= block_table.shape[1]
+    config = (*tiles(q.dtype, q.shape[-1]), *programs(N))
+    where = cu_seqlens, max_seqlen, block_table
+    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, *config, *where)
 
 
 def launch(
@@ -69,34 +78,48 @@ def launch(
     num_stages: int,
     row_programs: int,
     column_programs: int,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator with tiles of a given size, and about so many programs a sequence in each launch."""
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
+    if cu_seqlens is not None:
+        q, k = of_each(q, cu_seqlens), of_each(k, cu_seqlens)
     B, Hq, M, D = q.shape
-    Hkv, N = k.shape[1:3]
+    Hkv, T = k.shape[1:3]
     page, P = 0, probe_rows.shape[-1]
     if block_table is not None:
-        N, page = N * block_table.shape[1], N
+        T, page = T * block_table.shape[1], T
         num_stages = stages(num_stages, 1) if shared_kilobytes(q.device) > 64 else 1
-    if D > MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
+    N = T
+    if max_seqlen is not None:
+        M = N = min(max_seqlen, T)
     G = 1 if pool == "layer" else Hkv
+    scores = (B, G, T) if cu_seqlens is None else (G, T)
+    accumulated = torch.empty(scores, dtype=torch.float32, device=q.device)
+    normalized = torch.empty_like(accumulated)
     if B == 0 or M == 0 or N == 0 or P == 0:
-        nothing = torch.zeros((B, G, N), dtype=torch.float32, device=q.device)
-        return nothing, torch.zeros_like(nothing)
-    # How the work is cut depends on the shape of one sequence alone, so that its bits do not depend on the batch.
-    blocks = common.pieces(P, block_p)
-    split = _share(N, max(1, min(MAX_SPLITS, row_programs // (Hq * blocks))), block_n)
-    splits = common.pieces(N, split)
+        return accumulated.zero_(), normalized.zero_()
+    # How the work is cut depends on the shape of one sequence alone, so that its bits do not depend on the batch. That
+    # of packed sequences is known on the device; here are the most pieces that one may have.
     heads = Hq // G
     part = next(n for n in range(common.pieces(heads, MAX_PARTS), heads + 1) if heads % n == 0)  # heads of a program
     parts = heads // part
-    span = _share(N, max(1, column_programs // (G * parts)), block_n)
-    spans = common.pieces(N, span)
+    blocks, used_blocks = common.pieces(P, block_p), common.pieces(min(P, M), block_p)
+    row_shares = [max(1, min(MAX_SPLITS, row_programs // (Hq * n))) for n in range(1, used_blocks + 1)]
+    column_shares = max(1, column_programs // (G * parts))
+    if cu_seqlens is None:
+        split, span = _share(N, row_shares[-1], block_n), _share(N, column_shares, block_n)
+        splits, spans = common.pieces(N, split), common.pieces(N, span)
+    else:
+        split, span = row_programs, column_programs
+        longest = [*range(block_p, used_blocks * block_p, block_p), N]  # with so many blocks of probes
+        splits = max(min(n, common.pieces(rows, block_n)) for n, rows in zip(row_shares, longest, strict=True))
+        spans = min(column_shares, common.pieces(N, block_n))
 
-    accumulated = torch.empty((B, G, N), dtype=torch.float32, device=q.device)
-    normalized = torch.empty_like(accumulated)
-    partial = accumulated if parts == 1 else torch.empty((B, G, parts, N), dtype=torch.float32, device=q.device)
+    partial = accumulated if parts == 1 else torch.empty((*scores, parts), dtype=torch.float32, device=q.device)
     lse = torch.empty((B, Hq, splits, P), dtype=torch.float32, device=q.device)
     arrived = torch.empty((B, G, spans), dtype=torch.int32, device=q.device)
     rows_b = 0 if probe_rows.dim() == 1 else probe_rows.stride(0)
@@ -107,6 +130,7 @@ def launch(
         dense(q_start),
         dense(leftpad_k),
         dense(seqused_k),
+        dense(cu_seqlens),
         block_table,
         lse,
         arrived,
@@ -118,6 +142,7 @@ def launch(
         probe_rows.stride(-1),
         *((0, 0, 0) if block_table is None else (*block_table.stride(), k.shape[0])),
         (D**-0.5 if scale is None else scale) * math.log2(math.e) or 1e-30,  # times -inf, 0 would be NaN
+        T,
         M,
         N,
         P,
@@ -130,6 +155,9 @@ def launch(
         "BLOCK_P": block_p,
         "BLOCK_N": block_n,
         "PAGE": page,
+        "MAX_SPLITS": MAX_SPLITS,
+        "SHORT": SHORT,
+        "FEW": FEW,
         "UPCAST": interpreting(),
         "num_warps": num_warps,
         "num_stages": num_stages,
@@ -141,7 +169,7 @@ def launch(
         _column_sums,
         (B * G * parts * spans,),
         (*tensors, partial, accumulated, normalized),
-        (*numbers, splits, span, spans, G, part, parts),
+        (*numbers, splits, span, spans, 0 if cu_seqlens is not None else G * N, G, part, parts),
         SPLITS=common.power_of_2(splits),
         **shape,
     )
@@ -151,6 +179,14 @@ def launch(
 def _share(N: int, shares: int, block_n: int) -> int:
     """Columns of each of about so many shares: whole tiles."""
     return -(-N // (shares * block_n)) * block_n
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pieces(N, programs, units, most, BLOCK_N: tl.constexpr, SHORT: tl.constexpr, FEW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns of each piece of a packed sequence, as the host cuts one alone: `units` work on a piece, of `most`."""
+    programs = tl.where(N <= SHORT, tl.minimum(programs, FEW), programs)
+    shares = tl.maximum(tl.minimum(programs // units, most), 1)
+    return tl.cdiv(N, shares * BLOCK_N) * BLOCK_N
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -197,6 +233,7 @@ def _row_sums(  # type: ignore[no-untyped-def]
     q_start,  # [B] or None
     leftpad_k,  # [B] or None
     seqused_k,  # [B] or None
+    cu_seqlens,  # [B + 1] or None: q, k and scores are of all sequences
     block_table,  # [B, N / PAGE] or None
     lse,  # [B, Hq, splits, P], written: log2 of the sum of exp2 of a probe's scores over a split
     arrived,  # [B, G, spans], cleared for the next launch
@@ -212,13 +249,14 @@ def _row_sums(  # type: ignore[no-untyped-def]
     table_n,
     num_blocks,
     scale,  # in powers of two
+    T,  # columns of k and of scores
     M,
     N,
     P,
     Hq,
     shared,  # query heads of a KV head
-    split,  # columns
-    splits,
+    split,  # columns; of packed sequences, programs of one
+    splits,  # at most
     all_arrived,  # elements of `arrived`
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -226,6 +264,9 @@ def _row_sums(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,  # rows of a page; 0: there are no pages
     COUNTERS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SHORT: tl.constexpr,
+    FEW: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -240,14 +281,22 @@ def _row_sums(  # type: ignore[no-untyped-def]
     kv = pid // blocks // shared // splits % (Hq // shared)
     b = (pid // blocks // splits // Hq).to(tl.int64)
     h = kv * shared + part
-
-    p = block * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
-    row, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
-    Q = _queries(q + b * q_b + h.to(tl.int64) * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST)  # [P, D]
-    scale = tl.abs(scale)
+    q += b * q_b + h.to(tl.int64) * q_h
     k += kv.to(tl.int64) * k_h
     if PAGE == 0:
         k += b * k_b
+    if cu_seqlens is not None:
+        start, N = sequence(cu_seqlens, b, T, N)
+        M = N
+        q += start * q_m
+        k += start * k_n
+        units = Hq * tl.cdiv(tl.minimum(P, tl.maximum(N, 1)), BLOCK_P)
+        split = _pieces(N, split, units, MAX_SPLITS, BLOCK_N, SHORT, FEW)
+
+    p = block * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
+    row, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
+    Q = _queries(q, row, at, q_m, scale, D, BLOCK_D, UPCAST)  # [P, D]
+    scale = tl.abs(scale)
     d = tl.arange(0, BLOCK_D)  # [D]
     largest = tl.full([BLOCK_P], -3.0e38, tl.float32)  # [P], of the scores so far; finite where none is seen
     total = tl.zeros([BLOCK_P], tl.float32)  # [P], of the weights so far
@@ -280,6 +329,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     q_start,  # [B] or None
     leftpad_k,  # [B] or None
     seqused_k,  # [B] or None
+    cu_seqlens,  # [B + 1] or None: q, k and scores are of all sequences
     block_table,  # [B, N / PAGE] or None
     lse,  # [B, Hq, splits, P]
     arrived,  # [B, G, spans], programs of a span that are done
@@ -298,14 +348,16 @@ def _column_sums(  # type: ignore[no-untyped-def]
     table_n,
     num_blocks,
     scale,  # in powers of two
+    T,  # columns of k and of scores
     M,
     N,
     P,
     Hq,
     shared,  # query heads of a KV head
-    splits,
-    span,  # columns
-    spans,
+    splits,  # at most
+    span,  # columns; of packed sequences, programs of one
+    spans,  # at most
+    scores_b,
     G,
     part,  # heads of a program
     parts,
@@ -315,6 +367,9 @@ def _column_sums(  # type: ignore[no-untyped-def]
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SHORT: tl.constexpr,
+    FEW: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what the first launch read last is still in L2
@@ -322,6 +377,23 @@ def _column_sums(  # type: ignore[no-untyped-def]
     head = pid // spans % (G * parts) * part
     g = pid // spans // parts % G
     b = (pid // spans // parts // G).to(tl.int64)
+    q += b * q_b
+    if PAGE == 0:
+        k += b * k_b
+    partial += b * scores_b * parts
+    accumulated += b * scores_b
+    normalized += b * scores_b
+    if cu_seqlens is not None:
+        start, N = sequence(cu_seqlens, b, T, N)
+        M = N
+        q += start * q_m
+        k += start * k_n
+        partial += start
+        accumulated += start
+        normalized += start
+        span = _pieces(N, span, G * parts, span, BLOCK_N, SHORT, FEW)
+        if place * span >= N:
+            return
 
     blocks = tl.cdiv(P, BLOCK_P)
     last = tl.full([BLOCK_P], -1, tl.int32)
@@ -335,12 +407,12 @@ def _column_sums(  # type: ignore[no-untyped-def]
 
     d = tl.arange(0, BLOCK_D)  # [D]
     n = tl.arange(0, BLOCK_N)  # [N]
-    mine = partial + ((b * G * parts) + head // part) * N
+    mine = partial + (head // part).to(tl.int64) * T
     for item in range(part * blocks):
         h = (head + item // blocks).to(tl.int64)
         p = item % blocks * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
         row, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
-        Q = tl.trans(_queries(q + b * q_b + h * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST))  # [D, P]
+        Q = tl.trans(_queries(q + h * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST))  # [D, P]
         s = tl.arange(0, SPLITS)[:, None]
         part_at = lse + ((b * Hq + h) * splits + s) * P + p  # [S, P]
         parts_lse = tl.load(part_at, mask=(s < splits) & (p < P), other=-float("inf"))
@@ -348,8 +420,6 @@ def _column_sums(  # type: ignore[no-untyped-def]
         total = tl.sum(tl.exp2(parts_lse - largest), 0)
         whole = tl.where(total > 0, largest + tl.log2(total), float("inf"))  # [P], makes weights of 0 where none is
         k_h_at = k + h // shared * k_h
-        if PAGE == 0:
-            k_h_at += b * k_b
         for j in range(begin, end, BLOCK_N):
             column = j + n  # [N]
             inside = (column < end)[:, None] & (d < D)
@@ -375,7 +445,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
             inside = (column >= begin) & (column < end)
             total = tl.zeros([BLOCK_N], tl.float32)
             for i in range(parts):
-                found = partial + ((b * G + g) * parts + i) * N + column
+                found = partial + (g * parts + i).to(tl.int64) * T + column
                 total += tl.load(found, mask=inside, other=0, cache_modifier=".cg")
             seen = tl.zeros([BLOCK_N], tl.int32)  # [N], how many probes see a column
             for block in range(blocks):
@@ -383,6 +453,6 @@ def _column_sums(  # type: ignore[no-untyped-def]
                 _, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
                 seen += tl.sum((column[:, None] <= at).to(tl.int32), 1)
             mean = total / (tl.maximum(seen, 1) * (part * parts)).to(tl.float32)
-            result = (b * G + g) * N + column
+            result = g.to(tl.int64) * T + column
             tl.store(accumulated + result, total, mask=column < N)
             tl.store(normalized + result, mean, mask=column < N)

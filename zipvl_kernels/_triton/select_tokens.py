@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._triton import common
-from zipvl_kernels._triton.common import dense
+from zipvl_kernels._triton.common import dense, sequence
 
 BLOCK = 4096  # columns at a time
 
@@ -26,10 +26,19 @@ def select_tokens(
     keep_recent: int = 1,
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ascending columns of the kept set, then -1, int32 `[B, G, N]`; how many there are, int32 `[B, G]`."""
-    B, G, N = accumulated.shape
+    """Ascending columns of the kept set, then -1, int32 `[B, G, N]`; how many there are, int32 `[B, G]`.
+
+    With `cu_seqlens` of packed scores `[G, T]`, columns count within their sequence, `[G, T]`.
+    """
     indices = torch.empty_like(accumulated, dtype=torch.int32, memory_format=torch.contiguous_format)
+    if cu_seqlens is not None:
+        B = cu_seqlens.shape[0] - 1
+        accumulated, normalized = accumulated.expand(B, -1, -1), normalized.expand(B, -1, -1)
+    B, G, T = accumulated.shape
+    N = T if max_seqlen is None else min(max_seqlen, T)
     counts = indices.new_empty(B, G)
     if B * G == 0 or N == 0:
         return indices, counts.zero_()
@@ -37,10 +46,12 @@ def select_tokens(
     common.launch(
         _kernel,
         (G, B),
-        (accumulated, normalized, dense(leftpad_k), dense(seqused_k), indices, counts),
+        (accumulated, normalized, dense(leftpad_k), dense(seqused_k), dense(cu_seqlens), indices, counts),
         (
             *accumulated.stride(),
             *normalized.stride(),
+            G * N if cu_seqlens is None else 0,
+            T,
             N,
             keep_first,
             keep_recent,
@@ -86,6 +97,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     normalized,  # [B, G, N]
     leftpad_k,  # [B] or None
     seqused_k,  # [B] or None
+    cu_seqlens,  # [B + 1] or None: scores and indices are [G, T]
     indices,  # [B, G, N], dense
     counts,  # [B, G], dense
     a_b,
@@ -94,7 +106,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     n_b,
     n_g,
     n_n,
-    N,
+    indices_b,
+    T,  # columns of scores and indices
+    N,  # columns of a sequence
     keep_first,
     keep_recent,
     share_bits,
@@ -103,8 +117,9 @@ def _kernel(  # type: ignore[no-untyped-def]
 ):
     g = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
-    accumulated += b * a_b + g * a_g
-    normalized += b * n_b + g * n_g
+    start, N = sequence(cu_seqlens, b, T, N)
+    accumulated += b * a_b + g * a_g + start * a_n
+    normalized += b * n_b + g * n_g + start * n_n
     first = 0
     if leftpad_k is not None:
         first = tl.maximum(tl.load(leftpad_k + b), 0)
@@ -178,7 +193,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         key = _keys(normalized, (begin + wide) * n_n, (j >= first) & (j < end), forced)
         more_keys += tl.sum((key > threshold).to(tl.int32), 0)
 
-    out = indices + (b * tl.num_programs(0) + g) * N
+    out = indices + b * indices_b + g * T + start
     ties = p - more_keys  # [1], still to be taken
     taken = tl.zeros([1], tl.int32)
     for begin in range(0, N, BLOCK):

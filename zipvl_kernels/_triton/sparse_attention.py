@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._triton import common
-from zipvl_kernels._triton.common import dense, interpreting, shared_kilobytes
+from zipvl_kernels._triton.common import dense, interpreting, of_each, sequence, shared_kilobytes
 from zipvl_kernels._triton.pages import in_pool, stages
 
 MAX_HEAD_DIM = 256
@@ -45,15 +45,21 @@ def sparse_attention(
     scale: float | None = None,
     q_start: Tensor | None = None,  # int32 [B]
     kv_compacted: bool = False,
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
+    max_seqlen: int | None = None,
     seqused_k: Tensor | None = None,  # int32 [B], with a block table
     block_table: Tensor | None = None,  # int32 [B, max_blocks]
     layout: str = "NHD",
 ) -> Tensor:
-    """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
+    """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere.
+
+    With `cu_seqlens` of packed `q [T, Hq, D]`, `k, v [T, Hkv, D]` and `indices [G, T]`.
+    """
+    config = tiles(q.dtype, q.shape[-1], shared_kilobytes(q.device))
     if block_table is not None and layout == "NHD":
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-    config = tiles(q.dtype, q.shape[3], shared_kilobytes(q.device))
-    return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *config, seqused_k, block_table)
+    where = cu_seqlens, max_seqlen, seqused_k, block_table
+    return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *config, *where)
 
 
 def launch(
@@ -69,10 +75,22 @@ def launch(
     block_n: int,
     num_warps: int,
     num_stages: int,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
     """The operator with tiles of a given size."""
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    T = q.shape[0]
+    if cu_seqlens is None:
+        out_strides = out.stride()[:3]
+    else:
+        out_strides = (0, out.stride(1), out.stride(0))
+        q, k, v = of_each(q, cu_seqlens), of_each(k, cu_seqlens), of_each(v, cu_seqlens)
+        indices = indices.expand(q.shape[0], -1, -1)
     B, Hq, M, D = q.shape
     Hkv, N = k.shape[1:3]
     G, C = indices.shape[1:]
@@ -80,9 +98,8 @@ def launch(
     if block_table is not None:
         N, page = N * block_table.shape[1], N
         num_stages = stages(num_stages, 1 if kv_compacted else 2)
-    if D > MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got shape {list(q.shape)}")
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if max_seqlen is not None:
+        M = N = C = min(max_seqlen, T)
     if B == 0 or M == 0:
         return out
     most = min(C, N) if kv_compacted or page else C  # of a set
@@ -91,16 +108,18 @@ def launch(
     common.launch(
         _kernel,
         (attend + zero,),
-        (q, k, v, out, indices, counts, dense(q_start), dense(seqused_k), block_table),
+        (q, k, v, out, indices, counts, dense(q_start), dense(cu_seqlens), dense(seqused_k), block_table),
         (
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
+            *out_strides,
             *indices.stride(),
             *counts.stride(),
             *((0, 0, 0, 0) if block_table is None else (*block_table.stride(), k.shape[0], N)),
             (D**-0.5 if scale is None else scale) * math.log2(math.e),
             attend,
+            T,
             M,
             most,
             C - M,
@@ -145,6 +164,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     indices,  # [B, G, C]
     counts,  # [B, G]
     q_start,  # [B] or None
+    cu_seqlens,  # [B + 1] or None: q, k, v, out and indices are of all sequences
     seqused_k,  # [B], or None where there are no pages
     block_table,  # [B, N / PAGE] or None
     q_b,
@@ -156,6 +176,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     v_b,
     v_h,
     v_n,
+    out_b,
+    out_h,
+    out_m,
     indices_b,
     indices_g,
     indices_n,
@@ -164,9 +187,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     table_b,
     table_n,
     num_blocks,
-    N,
+    N,  # rows of a table
     scale,  # in powers of two
     attend,  # how many programs attend; the rest clear rows
+    T,  # rows of all packed sequences
     M,
     most,  # a set's members at most
     default_start,
@@ -199,6 +223,14 @@ def _kernel(  # type: ignore[no-untyped-def]
         row = pid // shares // G % blocks * ZERO_ROWS + tl.arange(0, ZERO_ROWS)  # [R]
         start = _start(q_start, seqused_k, b, M, default_start)
         columns = indices + b * indices_b + g.to(tl.int64) * indices_g
+        out += b * out_b
+        if cu_seqlens is not None:
+            begin, M = sequence(cu_seqlens, b, T, M)
+            if tl.max(row, 0) - ZERO_ROWS >= M - 1:
+                return
+            most = M
+            columns += begin * indices_n
+            out += begin * out_m
         count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), most)
         low = tl.zeros([ZERO_ROWS], tl.int32)  # [R], how many members stand before the row
         high = low + count
@@ -211,10 +243,10 @@ def _kernel(  # type: ignore[no-untyped-def]
         column = tl.load(columns + low.to(tl.int64) * indices_n, mask=low < count, other=-1)
         in_set = (low < count) & (column == row + start)  # [R]
         clear = (row < M) & (in_set == 0)
-        first = g * heads + share * ZERO_HEADS
+        first = (g * heads + share * ZERO_HEADS).to(tl.int64)
         nothing = tl.zeros([ZERO_ROWS, BLOCK_D], out.dtype.element_ty)
         for h in range(first, tl.minimum(first + ZERO_HEADS, (g + 1) * heads)):
-            place = out + ((b * Hq + h) * M + row)[:, None] * D + d  # [R, D]
+            place = out + h * out_h + row.to(tl.int64)[:, None] * out_m + d  # [R, D]
             tl.store(place, nothing, mask=clear[:, None] & (d < D))
         return
 
@@ -223,24 +255,33 @@ def _kernel(  # type: ignore[no-untyped-def]
     level = pid // Hq // B
     kv = h // (Hq // Hkv)
     g = kv % G
-    count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), most)
-    tile = tl.cdiv(count, BLOCK_M) - 1 - level  # the last tile sees the most keys and goes first
-    if tile < 0:
-        return
-    start = _start(q_start, seqused_k, b, M, default_start)
     columns = indices + b * indices_b + g.to(tl.int64) * indices_g
-    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M], number in the set
-    row = tl.load(columns + i.to(tl.int64) * indices_n, mask=i < count, other=-1) - start
-    here = (i < count) & (row >= 0) & (row < M)
-    if tl.max(here.to(tl.int32), 0) == 0:  # none of the tile's queries is in this chunk
-        return
-
     q += b * q_b + h.to(tl.int64) * q_h
     k += kv.to(tl.int64) * k_h
     v += kv.to(tl.int64) * v_h
     if PAGE == 0:
         k += b * k_b
         v += b * v_b
+    out += b * out_b + h.to(tl.int64) * out_h
+    if cu_seqlens is not None:
+        begin, M = sequence(cu_seqlens, b, T, M)
+        most = M
+        columns += begin * indices_n
+        q += begin * q_m
+        k += begin * k_n
+        v += begin * v_n
+        out += begin * out_m
+    count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), most)
+    tile = tl.cdiv(count, BLOCK_M) - 1 - level  # the last tile sees the most keys and goes first
+    if tile < 0:
+        return
+    start = _start(q_start, seqused_k, b, M, default_start)
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M], number in the set
+    row = tl.load(columns + i.to(tl.int64) * indices_n, mask=i < count, other=-1) - start
+    here = (i < count) & (row >= 0) & (row < M)
+    if tl.max(here.to(tl.int32), 0) == 0:  # none of the tile's queries is in this chunk
+        return
+
     Q = tl.load(q + row.to(tl.int64)[:, None] * q_m + d, mask=here[:, None] & (d < D), other=0)  # [M, D]
     if scale < 0:  # a positive scale lets the maximum be taken before scaling
         Q = (-Q.to(tl.float32)).to(Q.dtype)
@@ -297,5 +338,5 @@ def _kernel(  # type: ignore[no-untyped-def]
             largest = above
 
     result = (weighted / total[:, None]).to(out.dtype.element_ty)
-    place = out + ((b * Hq + h) * M + row)[:, None] * D + d
+    place = out + row.to(tl.int64)[:, None] * out_m + d
     tl.store(place, result, mask=here[:, None] & (d < D))
