@@ -27,7 +27,10 @@ COUNTS = ("tests", "failures", "errors", "skipped")
 SHARDS = [
     ("test_large.py", ""),
     ("test_pages.py", "compaction"),
-    ("test_pages.py", "not compaction"),
+    ("test_pages.py", "scores and not sparse"),
+    ("test_pages.py", "sparse and not scores"),
+    ("test_pages.py", "scores and sparse"),
+    ("test_pages.py", "not compaction and not scores and not sparse"),
     ("test_sanitizer.py", "racecheck or script"),
     ("test_sanitizer.py", "memcheck and scores"),
     ("test_sanitizer.py", "memcheck and attention"),
