@@ -58,6 +58,11 @@ def qkv(dtype, D, M=2880, N=2880, B=1, Hq=28, Hkv=4):
     return q, *(torch.empty(B, N, Hkv, D, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
 
 
+def packed(dtype, D, T=32768, Hq=28, Hkv=4):
+    """Views of a fused projection's `[T, Hq + 2 * Hkv, D]`."""
+    return torch.empty(T, Hq + 2 * Hkv, D, dtype=dtype, device="meta").split((Hq, Hkv, Hkv), 1)
+
+
 def ints(*shape):
     return torch.empty(shape, dtype=torch.int32, device="meta")
 
@@ -80,6 +85,8 @@ def score_tokens(fn, dtype, D):
         k, _ = pools(dtype, D, page, layout)
         paged = {"seqused_k": ints(1), "block_table": ints(1, 2880 // page), "layout": layout}
         yield f"pages of {page}", lambda x=(q, k), paged=paged: fn(*x, ints(128), **paged)
+    q, k, _ = packed(dtype, D)
+    yield "packed", lambda: fn(q, k, ints(8, 128), cu_seqlens=ints(9), max_seqlen=4096)
 
 
 def select_tokens(fn, dtype, D):
@@ -89,6 +96,8 @@ def select_tokens(fn, dtype, D):
         yield f"ratio {N}", lambda scores=scores: fn(*scores, keep_ratio=0.4)
     scores = floats(2, 4, 2880), floats(2, 4, 2880)
     yield "padded", lambda: fn(*scores, tau=0.975, leftpad_k=ints(2), seqused_k=ints(2))
+    scores = floats(1, 32768), floats(1, 32768)
+    yield "packed", lambda: fn(*scores, tau=0.975, cu_seqlens=ints(9), max_seqlen=4096)
 
 
 def compact_kv_(fn, dtype, D):
@@ -122,6 +131,9 @@ def sparse_attention(fn, dtype, D):
         paged = {"seqused_k": ints(1), "block_table": ints(1, 2880 // page), "layout": layout}
         yield f"pages of {page}", lambda x=arguments, paged=paged: fn(*x, **paged)
         yield f"compacted pages of {page}", lambda x=arguments, paged=paged: fn(*x, kv_compacted=True, **paged)
+    q, k, v = packed(dtype, D)
+    sets = ints(1, 32768), ints(8, 1)
+    yield "packed", lambda: fn(q, k, v, *sets, kv_compacted=True, cu_seqlens=ints(9), max_seqlen=4096)
 
 
 def decode_attention(fn, dtype, D):
@@ -141,6 +153,7 @@ def decode_attention(fn, dtype, D):
 
 def probe_rows(fn, dtype, D):
     yield "", lambda: fn(2880, device="meta")
+    yield "packed", lambda: fn(4096, device="meta", cu_seqlens=ints(9))
 
 
 CALLS = (score_tokens, select_tokens, compact_kv_, compact_paged_kv_, sparse_attention, decode_attention, probe_rows)

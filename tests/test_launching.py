@@ -211,7 +211,7 @@ def cuda(monkeypatch):
         stems = ("common", "tensor_map", *operators)
         found = {stem: importlib.import_module(f"zipvl_kernels._cuda.{stem}") for stem in stems}
     modules = SimpleNamespace(**found, launched=[])
-    sizes = [40, 320, 320, 120, 152, 448]  # of the parameters, as the sources of the kernels assert
+    sizes = [56, 384, 384, 136, 168, 448]  # of the parameters, as the sources of the kernels assert
 
     def start(config, kernel, pointers, extra):
         parameters = ctypes.string_at(ctypes.c_void_p.from_address(pointers).value, sizes[kernel])
@@ -262,14 +262,20 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def step_by_step(cuda, q, k, v, *, tau, keep_ratio, num_recent, num_random, seed, keep_first, keep_recent, **options):
-    rows = cuda.probe_rows.probe_rows(q.shape[2], num_recent=num_recent, num_random=num_random, seed=seed)
-    scores = cuda.score_tokens.score_tokens(q, k, rows, **options)
+def step_by_step(
+    cuda, q, k, v, *, tau, keep_ratio, num_recent, num_random, seed, keep_first, keep_recent,
+    cu_seqlens=None, max_seqlen=None, **options,
+):  # fmt: skip
+    packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    draw = {"num_recent": num_recent, "num_random": num_random, "seed": seed, "cu_seqlens": cu_seqlens}
+    rows = cuda.probe_rows.probe_rows(max_seqlen if packed else q.shape[2], **draw)
+    scores = cuda.score_tokens.score_tokens(q, k, rows, **options, **packed)
     share = {"tau": tau if keep_ratio is None else None, "keep_ratio": keep_ratio}
     forced, padding = {"keep_first": keep_first, "keep_recent": keep_recent}, ("leftpad_k", "seqused_k")
-    kept = cuda.select_tokens.select_tokens(*scores, **share, **forced, **{name: options[name] for name in padding})
-    cuda.compact_kv.compact_kv_(k, v, *kept)
-    rest = {"scale": options["scale"], "q_start": options["q_start"]}
+    padding = {name: options[name] for name in padding}
+    kept = cuda.select_tokens.select_tokens(*scores, **share, **forced, **padding, **packed)
+    cuda.compact_kv.compact_kv_(k, v, *kept, **packed)
+    rest = {"scale": options["scale"], "q_start": options["q_start"], **packed}
     return cuda.sparse_attention.sparse_attention(q, k, v, *kept, **rest, kv_compacted=True), *kept
 
 
@@ -321,6 +327,35 @@ def test_one_plan_launches_what_the_steps_launch(cuda, shape, changed):
     assert [kernel for kernel, *_ in steps] == list(KERNELS)
     assert first == again == steps
     assert len(cuda.zipvl_prefill._plans) == 1
+
+
+@pytest.mark.parametrize(
+    ("heads", "D", "lengths", "changed"),
+    [
+        ((28, 4), 128, [2880, 0, 1, 700, 4096], {}),
+        ((8, 2), 64, [40, 300], {"pool": "kv_head", "seed": 2**40 + 1, "max_seqlen": 200}),
+        ((4, 4), 64, [50] * 7, {"keep_ratio": 0.4, "keep_first": 3, "scale": 0.3, "dtype": torch.float16}),
+    ],
+    ids=str,
+)
+def test_one_plan_launches_packed_sequences_as_the_steps_do(cuda, heads, D, lengths, changed):
+    options = {**OPTIONS, "max_seqlen": max(lengths), **changed}
+    T, dtype = sum(lengths), options.pop("dtype", torch.bfloat16)
+    fused = torch.zeros(T, heads[0] + 2 * heads[1], D, dtype=dtype)  # as a projection to all three gives them
+    q, k, v = fused.split((heads[0], heads[1], heads[1]), dim=1)
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    G, found = 1 if options["pool"] == "layer" else heads[1], []
+    for fn in (partial(step_by_step, cuda), cuda.zipvl_prefill.zipvl_prefill_, cuda.zipvl_prefill.zipvl_prefill_):
+        out, indices, counts = fn(q, k, v, **options, cu_seqlens=bounds)
+        known = {"q": q, "k": k, "v": v, "indices": indices, "counts": counts, "cu_seqlens": bounds}
+        found.append(by_name(cuda, {x.data_ptr(): name for name, x in known.items()}, out.data_ptr()))
+        assert (out.shape, indices.shape, counts.shape) == (q.shape, (G, T), (len(lengths), G))
+        assert out.is_contiguous()
+    steps, first, again = found
+    assert [kernel for kernel, *_ in steps] == list(KERNELS)
+    assert first == again == steps
+    for kernel, _, addresses, _ in steps:
+        assert "cu_seqlens" in addresses, kernel
 
 
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])

@@ -32,6 +32,24 @@ def tensors(device="cpu", seed=0):
     return q, k, v, torch.tensor([0, 7 + seed], dtype=torch.int32).to(device)
 
 
+def of_packed(package, q, k, v, leftpad):
+    """Packed, the rows of both sequences one after the other, are two others, whose ends the device knows alone."""
+    where = {"cu_seqlens": torch.nn.functional.pad(leftpad + 30, (1, 0)), "max_seqlen": 35}
+    q, k, v = (x.transpose(0, 1).flatten(1, 2).transpose(0, 1) for x in (q, k, v))
+    rows = package.probe_rows(35, num_recent=4, num_random=4, cu_seqlens=where["cu_seqlens"])
+    scores = package.score_tokens(q, k, rows, **where)
+    indices, counts = package.select_tokens(*scores, tau=0.8, **where)
+    out = package.sparse_attention(q, k, v, indices, counts, **where)
+    moved_k, moved_v = k.clone(), v.clone()
+    package.compact_kv_(moved_k, moved_v, indices, counts, **where)
+    kept = package.zipvl_prefill_(q, k.clone(), v.clone(), **where, num_recent=4, num_random=4)
+    # Where rows of a set or of a sequence end, the rest is unspecified.
+    known = torch.arange(len(q), device=q.device) < where["cu_seqlens"][-1]
+    known_floats = (x.masked_fill(~known[:, None, None], 0) for x in (out, kept[0]))
+    known_scores = (x.masked_fill(~known, 0) for x in (*scores, indices, kept[1]))
+    return rows, counts, kept[2], *known_floats, *known_scores
+
+
 def every_operator(package):
     """A function that calls each operator of `package` once."""
 
@@ -53,7 +71,8 @@ def every_operator(package):
         paged = package.decode_attention(q[:, :, -2:], *pools, lengths, block_table=table)
         kept = package.zipvl_prefill_(q, k.clone(), v.clone(), leftpad_k=leftpad, num_recent=4, num_random=4)
         of_pages = *paged_scores, attended, *pools, lengths, freed, paged
-        return *scores, indices, counts, out, moved_k, decoded, *of_pages, *kept
+        every = *scores, indices, counts, out, moved_k, decoded, *of_pages, *kept
+        return *every, *of_packed(package, q, k, v, leftpad)
 
     return run
 

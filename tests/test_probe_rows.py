@@ -51,21 +51,28 @@ def test_cuda_draws_the_same(num_rows, num_recent, num_random, seed):
 
 
 PRINT_DRAWS = """
+#include <cmath>
 #include <cstdio>
 #include "permutation.cuh"
 
 int main() {
     Permutation p;
     u32 count;
-    while (std::scanf("%u %u %u %u %u %u", &p.key, &p.a, &p.b, &p.walks, &p.n, &count) == 6)
+    while (std::scanf("%u %u %u %u %u %u", &p.key, &p.a, &p.b, &p.walks, &p.n, &count) == 6) {
+        Permutation own = permutation_of(p.key, p.n);
+        std::printf("%u\\n", own.key == p.key && own.a == p.a && own.b == p.b && own.walks == p.walks && own.n == p.n);
         for (u32 i = 0; i < count; ++i) std::printf("%u\\n", permuted(p, i));
+    }
 }
 """
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_cuda_arithmetic_is_that_of_the_reference(tmp_path):
-    """The permutation of the CUDA kernel, compiled for the CPU: over whole small ranges, and parts of large ones."""
+    """The permutation of the CUDA kernel, compiled for the CPU: over whole small ranges, and parts of large ones.
+
+    Before its draws each range says whether the kernel itself finds the numbers that the host gives it.
+    """
     source, program = tmp_path / "draws.cpp", tmp_path / "draws"
     source.write_text(PRINT_DRAWS)
     macros = ("-D__device__=", "-D__forceinline__=inline", "-std=c++17", "-O2")
@@ -73,22 +80,25 @@ def test_cuda_arithmetic_is_that_of_the_reference(tmp_path):
     reference = importlib.import_module("zipvl_reference.probe_rows")
     sizes = [
         *range(1, 70),
-        *(n + more for n in (1024, 2816, 10**6, 2**20) for more in (-1, 0, 1)),
+        *(n + more for n in (1024, 2816, 10**6, 2**20, 4099**2, 46339**2, 46340**2) for more in (-1, 0, 1, 2)),
         2**31 - 2,
         2**31 - 1,
     ]
     draws = [(n, reference.seed_key(seed), min(n, 500)) for n in sizes for seed in (0, 1, -5, 2**63 - 1)]
     lines = (f"{key} {' '.join(map(str, reference.halves(n)))} {n} {count}" for n, key, count in draws)
     found = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout.split()
-    wanted = [reference._permuted(torch.arange(count), n, key) for n, key, count in draws]
+    same = torch.ones(1, dtype=torch.int64)
+    wanted = [torch.cat([same, reference._permuted(torch.arange(count), n, key)]) for n, key, count in draws]
     assert torch.equal(torch.tensor([int(x) for x in found]), torch.cat(wanted))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_cuda_kernel_compiles_without_spills(tmp_path, architecture):
+@pytest.mark.parametrize("packed", [0, 1])
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_cuda_kernel_compiles_without_spills(tmp_path, architecture, packed):
     target = [f"-arch=sm_{architecture}", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
-    done = subprocess.run(["nvcc", *target, "-DTHREADS=64", KERNELS / "probe_rows.cu"], capture_output=True, text=True)
+    macros = ["-DTHREADS=64", f"-DPACKED={packed}"]
+    done = subprocess.run(["nvcc", *target, *macros, KERNELS / "probe_rows.cu"], capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said

@@ -165,6 +165,7 @@ def plan():
 def test_hopper_shares_cover_all_and_fit(plan, Hq, G, P, N):
     row_tiles, column_tiles, parts = plan.plan(N, P, Hq, G)
     tiles, blocks, heads = -(-N // 128), -(-P // 128), Hq // G
+    assert plan.plan(128 * tiles, P, Hq, G) == (row_tiles, column_tiles, parts)  # packed sequences look it up by tiles
     assert 1 <= row_tiles <= tiles
     assert 1 <= column_tiles <= plan.MAX_SPAN
     assert 1 <= parts <= heads
@@ -175,12 +176,13 @@ def test_hopper_shares_cover_all_and_fit(plan, Hq, G, P, N):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("packed", [0, 1])
 @pytest.mark.parametrize(("D", "half"), [(128, 0), (64, 1)])
-def test_hopper_kernels_compile(tmp_path, D, half):
+def test_hopper_kernels_compile(tmp_path, D, half, packed):
     """For one block a multiprocessor, and without a warning, which is how ptxas says that it made tensor cores wait."""
     source = Path(zk.__file__).parent / "_cuda" / "score_tokens.cu"
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
-    macros = [f"-DHEAD_DIM={D}", f"-DHALF={half}"]
+    macros = [f"-DHEAD_DIM={D}", f"-DHALF={half}", f"-DPACKED={packed}"]
     done = subprocess.run(["nvcc", *target, *macros, source], capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said

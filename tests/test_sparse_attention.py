@@ -172,11 +172,12 @@ def test_contract_cuda(dtype, max_tokens):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("packed", [0, 1])
 @pytest.mark.parametrize(("D", "half", "stages"), [(128, 0, 2), (64, 1, 4)])
-def test_hopper_kernel_compiles_without_spills(tmp_path, D, half, stages):
+def test_hopper_kernel_compiles_without_spills(tmp_path, D, half, stages, packed):
     """Nor with a warning, which is how ptxas says that it made the tensor cores wait."""
     source = Path(zk.__file__).parent / "_cuda" / "sparse_attention.cu"
-    defined = {"HEAD_DIM": D, "HALF": half, "STAGES": stages, "TAKE_TURNS": 1}
+    defined = {"HEAD_DIM": D, "HALF": half, "STAGES": stages, "TAKE_TURNS": 1, "PACKED": packed}
     defined |= {"CONSUMER_REGISTERS": 232, "PRODUCER_REGISTERS": 40}
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
     macros = [f"-D{name}={value}" for name, value in defined.items()]

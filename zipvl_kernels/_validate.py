@@ -1,6 +1,8 @@
 """Checks of arguments: each raises TypeError or ValueError that names the argument, what was expected and what came."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,6 +188,36 @@ def paged_selection(indices: Tensor, counts: Tensor, B: int, Hkv: int, device: t
     G = indices.shape[1]
     int32("counts", counts, device, (B, G), meaning="[B, G]")
     return G
+
+
+def layers(**given: Any) -> tuple[list[Tensor], ...]:
+    """One tensor for each of as many layers in each of `given`; alike in shape, strides, dtype and device."""
+    (first, some), *_ = given.items()
+    for name, tensors in given.items():
+        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+            raise TypeError(f"{name}: expected a sequence of tensors like {first}, got {type(tensors).__name__}")
+        if len(tensors) != len(some) or not tensors:
+            raise ValueError(f"{name}: expected a tensor of each layer, as many as {first} has, got {len(tensors)}")
+        for i, x in enumerate(tensors):
+            _tensor(f"{name}[{i}]", x)
+            like = tensors[0]
+            if (x.shape, x.stride(), x.dtype, x.device) != (like.shape, like.stride(), like.dtype, like.device):
+                raise ValueError(
+                    f"{name}[{i}]: expected shape, strides, dtype and device of {name}[0], {_shape(like)}, "
+                    f"{like.stride()}, {like.dtype} and {like.device}, got {_shape(x)}, {x.stride()}, {x.dtype} "
+                    f"and {x.device}"
+                )
+    return tuple(list(tensors) for tensors in given.values())
+
+
+def own_memory_of_layers(suffix: str = "", **given: list[Tensor]) -> None:
+    """No tensor of `given`, whose names get `suffix`, twice."""
+    seen: dict[int, str] = {}
+    for name, tensors in given.items():
+        for i, x in enumerate(tensors):
+            here = f"{name}{suffix}[{i}]"
+            if seen.setdefault(id(x), here) != here:
+                raise ValueError(f"{here}: expected a buffer of its own, got the same tensor as {seen[id(x)]}")
 
 
 def scores(accumulated: Tensor, normalized: Tensor, packed: bool = False) -> None:

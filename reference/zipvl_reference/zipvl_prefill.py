@@ -54,6 +54,6 @@ def zipvl_prefill_(
         seqused_k=seqused_k,
         **where,
     )
-    compact_kv_(k, v, indices, counts, **(where if cu_seqlens is not None else {}))
+    compact_kv_(k, v, indices, counts, **where)
     out = sparse_attention(q, k, v, indices, counts, scale=scale, q_start=q_start, kv_compacted=True, **where)
     return out, indices, counts

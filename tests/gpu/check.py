@@ -31,6 +31,7 @@ SHARDS = [
     ("test_pages.py", "sparse and not scores"),
     ("test_pages.py", "scores and sparse"),
     ("test_pages.py", "not compaction and not scores and not sparse"),
+    *(("test_packed.py", part) for part in ("contract and auto", "contract and not auto", "not contract")),
     ("test_sanitizer.py", "racecheck or script"),
     ("test_sanitizer.py", "memcheck and scores"),
     ("test_sanitizer.py", "memcheck and attention"),

@@ -10,11 +10,13 @@ from threading import Lock
 import torch
 from cupy.cuda import driver, nvrtc, runtime
 from cupy.cuda.function import Function, Module
+from torch import Tensor
 
 from zipvl_kernels._streams import current_device, current_stream
 
 __all__ = [
     "Launch",
+    "address",
     "allow_shared",
     "capability",
     "check",
@@ -43,6 +45,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def address(x: Tensor | None) -> int:
+    """Where `x` lies, 0 for None."""
+    return 0 if x is None else x.data_ptr()
 
 
 def load(name: str, architecture: str, device: torch.device, **defined: int) -> Function:

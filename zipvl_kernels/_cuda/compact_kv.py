@@ -1,59 +1,80 @@
 """`compact_kv_` in CUDA C, for all that the operator takes. The .cu says how."""
 
 import struct
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
-from cupy.cuda.function import Function
 from torch import Tensor
 
-from zipvl_kernels._cuda import common
+from zipvl_kernels._cuda import common, moving
+from zipvl_kernels._cuda.moving import MOST_LAYERS, Config, Layers
 from zipvl_kernels._tickets import tickets
 
-# Of one block, by which up to 32 KB are in flight, and blocks that a multiprocessor holds.
-THREADS, ITEMS, BLOCKS_PER_SM = 256, 8, 3
-_ADDRESSES, _NUMBERS = struct.Struct("=6Q"), struct.Struct("=11q4i")
+_ADDRESSES, _MANY_ADDRESSES = struct.Struct("=7Q"), struct.Struct(f"={4 * MOST_LAYERS + 3}Q")
+_NUMBERS = struct.Struct("=11q6i")
 
 
 def compact_kv_(
-    k: Tensor,  # [B, Hkv, N, D]
-    v: Tensor,  # [B, Hkv, N, D]
-    indices: Tensor,  # int32 [B, G, N]
-    counts: Tensor,  # int32 [B, G]
+    k: Layers,  # [B, Hkv, N, D]; packed: [T, Hkv, D]
+    v: Layers,  # the same
+    indices: Layers,  # int32 [B, G, N]; packed: [G, T]
+    counts: Layers,  # int32 [B, G]
     *,
     dst_start: Tensor | None = None,  # int32 [B]
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]: packed
+    max_seqlen: int | None = None,
 ) -> None:
-    """In place: row `indices[b, g, i]` moves to row `dst_start[b] + i`."""
-    launch(k, v, indices, counts, dst_start)
+    """In place: row `indices[b, g, i]` moves to row `dst_start[b] + i`; of every layer, where they are lists."""
+    if isinstance(k, Tensor):
+        launch(k, v, indices, counts, dst_start, cu_seqlens, max_seqlen)
+        return
+    for at in range(0, len(k), MOST_LAYERS):
+        some = slice(at, at + MOST_LAYERS)
+        launch(k[some], v[some], indices[some], counts[some], dst_start, cu_seqlens, max_seqlen)
 
 
 def launch(
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
+    k: Layers,
+    v: Layers,
+    indices: Layers,
+    counts: Layers,
     dst_start: Tensor | None,
-    *,
-    threads: int = THREADS,
-    items: int = ITEMS,
-    blocks_per_sm: int = BLOCKS_PER_SM,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    **config: int,
 ) -> None:
-    """The operator with one configuration."""
-    if not k.numel():
+    """The operator with one configuration, for one layer or up to `MOST_LAYERS`."""
+    (k, v, indices, counts), addresses, layers = moving.of_layers(k, v, indices, counts)
+    if not k.numel() or not counts.numel():
         return
-    device, k_at, v_at = k.device, k.data_ptr(), v.data_ptr()
-    layout = k.shape, k.stride(), v.stride(), indices.shape[1], indices.stride(), counts.stride()
-    step, counters = prepared(device, k.element_size(), (k_at | v_at) % 16, *layout, threads, items, blocks_per_sm)
-    start = None if dst_start is None else dst_start.contiguous()
+    misaligned = 0
+    for i in range(0, len(addresses), 4):
+        misaligned |= addresses[i] | addresses[i + 1]
+    device = k.device
+    strided: tuple[tuple[int, ...], ...] = k.shape, k.stride(), v.stride(), indices.stride()
+    if cu_seqlens is not None:
+        strided = packed(len(counts), *strided)
+    layout = *strided[:3], counts.shape[1], strided[3], counts.stride()
+    step, counters = prepared(
+        device, k.element_size(), misaligned % 16, *layout, max_seqlen, layers, Config(**config) if config else Config()
+    )
+    start, sequences = (None if x is None else x.contiguous() for x in (dst_start, cu_seqlens))
     common.launch(
         step,
-        k_at,
-        v_at,
-        indices.data_ptr(),
-        counts.data_ptr(),
+        *addresses,
         0 if start is None else start.data_ptr(),
+        0 if sequences is None else sequences.data_ptr(),
         tickets(device, counters).data_ptr(),
     )
+
+
+def packed(B: int, shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Shape `[T, Hkv, D]`, its strides in `k` and `v`, and those of `indices [G, T]`, as they are in a batch.
+
+    All sequences begin with row 0 there: `cu_seqlens` has what comes before.
+    """
+    (T, Hkv, D), (k, v, indices) = shape, strides
+    return (B, Hkv, T, D), (0, k[1], k[0], 1), (0, v[1], v[0], 1), (0, *indices)
 
 
 @lru_cache(maxsize=256)
@@ -61,46 +82,28 @@ def prepared(
     device: torch.device,
     size: int,
     misaligned: int,
-    shape: torch.Size,
+    shape: tuple[int, ...],
     k_stride: tuple[int, ...],
     v_stride: tuple[int, ...],
     G: int,
     indices_stride: tuple[int, ...],
     counts_stride: tuple[int, ...],
-    threads: int = THREADS,
-    items: int = ITEMS,
-    blocks_per_sm: int = BLOCKS_PER_SM,
+    longest: int | None = None,
+    layers: int = 0,
+    config: Config = Config(),  # noqa: B008
 ) -> tuple[common.Launch, int]:
-    """All of a launch but its addresses, and how many counters it takes."""
-    B, Hkv, N, D = shape
+    """All of a launch but its addresses, and how many counters it takes.
+
+    `shape` and strides are those of a batch `[B, Hkv, N, D]`, or as `packed` gives them; `longest` is how many rows a
+    sequence has at most, `N` by default; `layers` how many are listed, 0 for one by itself.
+    """
+    (B, Hkv, N, D), listed, many = shape, max(1, layers), layers > 0
+    longest = N if longest is None else min(longest, N)
     strides = [size * x for x in (*k_stride[:3], *v_stride[:3])]  # in bytes
-    multiples = misaligned | D * size | 16
-    for stride, extent in zip(strides, 2 * shape[:3], strict=True):
-        if extent > 1:
-            multiples |= stride
-    width = multiples & -multiples  # the widest load that every row allows: 16, 8, 4 or 2
-    chunks = D * size // width
-    lanes = 1 << (chunks - 1).bit_length()
-    tiles = -(-N // (threads // lanes * items))
-    chains = 2 * B * Hkv
-    kernel = _kernel(device, width, chunks, lanes, threads, items, blocks_per_sm)
-    blocks = min(tiles * chains, blocks_per_sm * common.multiprocessors(device))
-    numbers = _NUMBERS.pack(*strides, *indices_stride, *counts_stride, B, Hkv, G, N)
-    return common.Launch(kernel, device, blocks, threads, _ADDRESSES, numbers), 2 + tiles * chains
-
-
-@cache
-def _kernel(
-    device: torch.device, width: int, chunks: int, lanes: int, threads: int, items: int, blocks_per_sm: int
-) -> Function:
-    return common.load(
-        "compact_kv",
-        "sm_{}{}".format(*common.capability(device)),
-        device,
-        CHUNK_BYTES=width,
-        CHUNKS=chunks,
-        LANES=lanes,
-        THREADS=threads,
-        ITEMS=items,
-        BLOCKS_PER_SM=blocks_per_sm,
-    )
+    row = moving.Row.of(D * size, misaligned, strides, 2 * shape[:3])
+    kernel = moving.kernel("compact_kv", device, row, MOST_LAYERS if many else 1, config)
+    most = listed * 2 * B * Hkv * row.tiles(longest, config)  # tickets, whatever the sets hold
+    blocks = max(1, min(most, config.blocks_per_sm * common.multiprocessors(device)))
+    numbers = _NUMBERS.pack(*strides, *indices_stride, *counts_stride, B, Hkv, G, N, longest, listed)
+    addresses = _MANY_ADDRESSES if many else _ADDRESSES
+    return common.Launch(kernel, device, blocks, config.threads, addresses, numbers), 2 + most

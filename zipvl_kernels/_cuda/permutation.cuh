@@ -11,6 +11,16 @@ struct Permutation {
     u32 n;
 };
 
+// `halves` of the reference, and what goes with it. Below 2**31 a root is exact but for its last digit.
+__device__ __forceinline__ Permutation permutation_of(u32 key, u32 n) {
+    const u32 x = n > 0 ? n - 1 : 0;
+    u32 root = u32(sqrtf(float(x)));
+    if (root * root > x) --root;
+    if ((root + 1) * (root + 1) <= x) ++root;
+    const u32 b = root + 1, a = (n + b - 1) / b, more = a * b - n;
+    return {key, a, b, more < 16 ? more : 16, n};
+}
+
 __device__ __forceinline__ u32 mix(u32 x) {
     x ^= x >> 16;
     x *= 0x21F0AAAD;

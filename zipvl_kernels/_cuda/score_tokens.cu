@@ -9,10 +9,14 @@
 // that was measured, and slower.) Of the fifth warpgroup a thread copies tiles of K ahead of them (TMA), and three warps
 // gather the queries of the next head.
 //
-// Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16.
+// Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16, and PACKED 1 for sequences one after the other:
+// then they are a batch of 1 with M = N = T, and blocks have places (packed.cuh): `splits` in the first launch, `spans`, of
+// which a sequence has one for each span and part, in the second. `parts` is the most that a sequence has. Each is shared
+// out as it would be alone, hence the same bits.
 
 #include "dependent.cuh"
 #include "hopper.cuh"
+#include "packed.cuh"
 
 constexpr int PAIR = 256, WORKERS = 2 * PAIR;  // threads that multiply
 constexpr int THREADS = WORKERS + 128, GATHERERS = 96;
@@ -33,6 +37,8 @@ struct Params {
     int* arrived;          // [B, G, spans]: blocks of a span that are done; cleared by the first launch for the second
     float* accumulated;    // [B, G, N]
     float* normalized;     // [B, G, N]
+    // If PACKED: [B + 1], and of a sequence of so many tiles the columns of a block of `row_sums`, and parts [tiles, 2].
+    const int *cu_seqlens, *shares;
     i64 q_b, q_h, q_m, rows_b, rows_p;
     int B, Hq, G, M, N, P;
     int shared;         // query heads of a KV head
@@ -40,9 +46,11 @@ struct Params {
     int span, spans;    // the same of `column_sums`
     int parts;          // shares of a group's heads
     float scale;        // in powers of two, positive
+    int sequences, most;  // if PACKED: how many, and the longest
+    Places in_rows, in_columns;
 };
 
-static_assert(sizeof(Params) == 320, "the launcher packs so much");
+static_assert(sizeof(Params) == 384, "the launcher packs so much");
 
 struct Shared {
     u64 full[STAGES], empty[STAGES], q_full[2], q_empty[2];
@@ -57,6 +65,27 @@ struct Shared {
 constexpr u32 Q_AT = 0, K_AT = 2 * TILE_BYTES, SHARED_AT = K_AT + STAGES * TILE_BYTES;
 static_assert(sizeof(Shared) <= 28672, "the launcher allows for so much");
 
+// --- sequences -----------------------------------------------------------------------------------------------------
+
+// What a block works for.
+struct Sequence {
+    int b, first, rows;        // its rows are all from 0 on, or some of many
+    int split, splits, parts;  // as in Params, but of this sequence
+    int lse;                   // where its log-sum-exps start among the splits
+};
+
+// Of the block at a place, which becomes one of this sequence.
+__device__ __forceinline__ Sequence sequence_of(const Params& p, int b, const Places& places, int& place) {
+    if (!PACKED) return {b, 0, p.N, p.split, p.splits, p.parts, 0};
+    Packing all = {p.cu_seqlens, p.sequences, p.N, p.most};
+    b = sequence_at(all, places, place);
+    place -= first_place(all, places, b);
+    Span span = span_of(all, b);
+    const int* share = p.shares + (span.rows + TILE - 1) / TILE * 2;
+    int split = share[0], splits = (span.rows + split - 1) / split;
+    return {b, span.first, span.rows, split, splits, share[1], first_place(all, p.in_rows, b)};
+}
+
 // --- probes --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int first_column(const Params& p, int b) { return p.leftpad_k ? max(p.leftpad_k[b], 0) : 0; }
@@ -64,7 +93,7 @@ __device__ __forceinline__ int first_column(const Params& p, int b) { return p.l
 __device__ __forceinline__ int start_of(const Params& p, int b) { return p.q_start ? p.q_start[b] : p.N - p.M; }
 
 // Barriers, and the last column that each of `count` probes from `from` on sees. Returns the largest; by all threads.
-__device__ int prepare(const Params& p, Shared& sh, int b, int from, int count) {
+__device__ int prepare(const Params& p, Shared& sh, const Sequence& x, int from, int count) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(sh.full[i], 1);
@@ -76,7 +105,8 @@ __device__ int prepare(const Params& p, Shared& sh, int b, int from, int count) 
         }
         barriers_ready();
     }
-    int first = first_column(p, b), end = p.seqused_k ? min(p.seqused_k[b], p.N) : p.N, start = start_of(p, b), last = -1;
+    int b = x.b, first = first_column(p, b), start = start_of(p, b), last = -1;
+    int end = p.seqused_k ? min(p.seqused_k[b], x.rows) : x.rows;
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
         int row = from + i < p.P ? p.rows[b * p.rows_b + (from + i) * p.rows_p] : -1, at = row + start;
         at = row >= 0 && row < p.M && at >= first && at < end ? at : -1;
@@ -92,10 +122,10 @@ __device__ int prepare(const Params& p, Shared& sh, int b, int from, int count) 
 }
 
 // Three warps: the queries of item `i` into their swizzled buffer, zeros for a probe that sees nothing.
-__device__ __forceinline__ void serve_queries(const Params& p, Shared& sh, const int* at, int b, int head, u32 q_at, int i) {
+__device__ __forceinline__ void serve_queries(const Params& p, Shared& sh, const int* at, const Sequence& x, int head, u32 q_at, int i) {
     wait(sh.q_empty[i % 2], i / 2 & 1 ^ 1);
-    const u16* q = p.q + b * p.q_b + head * p.q_h;
-    int start = start_of(p, b), thread = threadIdx.x - (THREADS - GATHERERS), chunk = thread % CHUNKS;
+    const u16* q = p.q + x.b * p.q_b + head * p.q_h + x.first * p.q_m;
+    int start = start_of(p, x.b), thread = threadIdx.x - (THREADS - GATHERERS), chunk = thread % CHUNKS;
     u32 to = q_at + i % 2 * TILE_BYTES + (chunk / 8) * TILE_BAND;
 #pragma unroll 8
     for (int r = thread / CHUNKS; r < TILE; r += GATHERERS / CHUNKS) {
@@ -109,11 +139,11 @@ __device__ __forceinline__ void serve_queries(const Params& p, Shared& sh, const
 }
 
 // One thread: tiles of K from row `begin` on into the ring, `loaded` of which have gone there before.
-__device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at, int begin, int end, int kv, int b, u32& loaded) {
+__device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at, int begin, int end, int kv, const Sequence& x, u32& loaded) {
     for (int j = begin; j < end; j += TILE, ++loaded) {
         u32 stage = loaded % STAGES;
         wait(sh.empty[stage], loaded / STAGES & 1 ^ 1);
-        load_tile(k_at + stage * TILE_BYTES, p.k, sh.full[stage], j, kv, b);
+        load_tile(k_at + stage * TILE_BYTES, p.k, sh.full[stage], x.first + j, kv, PACKED ? 0 : x.b);
     }
 }
 
@@ -171,15 +201,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) row_sums(const __grid_c
     // Query heads that read the same keys side by side, so that the keys come from L2 for all but one.
     int blocks = (p.P + TILE - 1) / TILE, Hkv = p.Hq / p.shared, t = blockIdx.x;
     int block = t % blocks, kv = t / blocks / p.shared / p.splits % Hkv, head = kv * p.shared + t / blocks % p.shared;
-    int split = t / blocks / p.shared % p.splits, b = t / blocks / p.splits / p.Hq;
-    int last = prepare(p, sh, b, block * TILE, TILE);
-    int begin = max(split * p.split, first_column(p, b)), end = min((split + 1) * p.split, last + 1);
+    int place = t / blocks / p.shared % p.splits, b = t / blocks / p.splits / p.Hq, split = place;
+    Sequence x = sequence_of(p, b, p.in_rows, split);
+    if (PACKED && (split < 0 || split >= x.splits)) return;
+    int last = prepare(p, sh, x, block * TILE, TILE);
+    int begin = max(split * x.split, first_column(p, x.b)), end = min((split + 1) * x.split, last + 1);
 
     int thread = threadIdx.x, lane = thread % 32;
-    if (thread >= THREADS - GATHERERS) return serve_queries(p, sh, sh.at, b, head, base + Q_AT, 0);
+    if (thread >= THREADS - GATHERERS) return serve_queries(p, sh, sh.at, x, head, base + Q_AT, 0);
     if (thread >= WORKERS) {
         u32 loaded = 0;
-        if (lane == 0) serve_keys(p, sh, base + K_AT, begin, end, kv, b, loaded);
+        if (lane == 0) serve_keys(p, sh, base + K_AT, begin, end, kv, x, loaded);
         return;
     }
     int group = __shfl_sync(~0u, thread / 128, 0), pair = group / 2, half = group % 2, r = thread % PAIR / 32 * 16 + lane / 4;
@@ -208,21 +240,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) row_sums(const __grid_c
         float all = sum[h] * exp2_fast(above[h] - both) + sh.less[1][r + 8 * h] * exp2_fast(other - both);
         int probe = block * TILE + r + 8 * h;
         if (probe < p.P)
-            p.lse[((i64)(b * p.Hq + head) * p.splits + split) * p.P + probe] = all > 0 ? both + log2f(all) : -infinity();
+            p.lse[((i64)(b * p.Hq + head) * p.splits + place) * p.P + probe] = all > 0 ? both + log2f(all) : -infinity();
     }
 }
 
 // --- sums of the columns -------------------------------------------------------------------------------------------
 
 // Minus the log-sum-exp of a probe of a head, over all splits; minus infinity, hence weights of 0, where none is.
-__device__ __forceinline__ float merge_splits(const Params& p, int b, int head, int probe) {
+__device__ __forceinline__ float merge_splits(const Params& p, const Sequence& x, int b, int head, int probe) {
     if (probe >= p.P) return -infinity();
-    const float* lse = p.lse + (i64)(b * p.Hq + head) * p.splits * p.P + probe;
+    const float* lse = p.lse + ((i64)(b * p.Hq + head) * p.splits + x.lse) * p.P + probe;
     float above = -3e38f, total = 0;
 #pragma unroll 8
-    for (int i = 0; i < p.splits; ++i) above = fmaxf(above, lse[(i64)i * p.P]);
+    for (int i = 0; i < x.splits; ++i) above = fmaxf(above, lse[(i64)i * p.P]);
 #pragma unroll 8
-    for (int i = 0; i < p.splits; ++i) total += exp2_fast(lse[(i64)i * p.P] - above);
+    for (int i = 0; i < x.splits; ++i) total += exp2_fast(lse[(i64)i * p.P] - above);
     return total > 0 ? -above - log2f(total) : -infinity();
 }
 
@@ -262,25 +294,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) column_sums(const __gri
     Shared& sh = *(Shared*)(raw + pad + SHARED_AT);
 
     int t = gridDim.x - 1 - blockIdx.x;  // backwards: what the first launch read last is still in L2
-    int place = t % p.spans, part = t / p.spans % p.parts, g = t / p.spans / p.parts % p.G, b = t / p.spans / p.parts / p.G;
+    int place = t % p.spans, parts = PACKED ? 1 : p.parts;
+    int part = t / p.spans % parts, g = t / p.spans / parts % p.G, b = t / p.spans / parts / p.G;
     int blocks = (p.P + TILE - 1) / TILE, heads = p.Hq / p.G, set = b * p.G + g;
-    int from = g * heads + part * heads / p.parts, to = g * heads + (part + 1) * heads / p.parts;
-    int last = prepare(p, sh, b, 0, blocks * TILE);
-    int begin = max(place * p.span, first_column(p, b)), end = min((place + 1) * p.span, last + 1);
+    int* arrived = p.arrived + set * p.spans + place;
+    Sequence x = sequence_of(p, b, p.in_columns, place);
+    if (PACKED) {
+        int spans = (x.rows + p.span - 1) / p.span;
+        if (place < 0 || place >= spans * x.parts) {
+            if (blockIdx.x == 0) after_previous_kernel();  // one has to, or this kernel might end before that one
+            return;
+        }
+        part = place / spans, place %= spans, arrived -= part * spans;
+    }
+    int from = g * heads + part * heads / x.parts, to = g * heads + (part + 1) * heads / x.parts;
+    int last = prepare(p, sh, x, 0, blocks * TILE);
+    int begin = max(place * p.span, first_column(p, x.b)), end = min((place + 1) * p.span, last + 1);
     int items = begin < end ? (to - from) * blocks : 0, tiles = (end - begin + TILE - 1) / TILE;
 
     int thread = threadIdx.x, lane = thread % 32;
     if (thread >= THREADS - GATHERERS) {
-        for (int i = 0; i < items; ++i) serve_queries(p, sh, sh.at + i % blocks * TILE, b, from + i / blocks, base + Q_AT, i);
+        for (int i = 0; i < items; ++i) serve_queries(p, sh, sh.at + i % blocks * TILE, x, from + i / blocks, base + Q_AT, i);
     } else if (thread >= WORKERS) {
         u32 loaded = 0;
         if (lane == 0)
-            for (int i = 0; i < items; ++i) serve_keys(p, sh, base + K_AT, begin, end, (from + i / blocks) / p.shared, b, loaded);
+            for (int i = 0; i < items; ++i) serve_keys(p, sh, base + K_AT, begin, end, (from + i / blocks) / p.shared, x, loaded);
     } else if (items) {
         for (int i = thread; i < tiles * TILE; i += WORKERS) sh.sums[i] = 0;
         after_previous_kernel();  // that is `row_sums`: queries and keys are older
         for (int i = thread / TILE; i < items; i += WORKERS / TILE)
-            sh.less[i][thread % TILE] = merge_splits(p, b, from + i / blocks, i % blocks * TILE + thread % TILE);
+            sh.less[i][thread % TILE] = merge_splits(p, x, b, from + i / blocks, i % blocks * TILE + thread % TILE);
         sync_threads<WORKERS>(3);
         int group = __shfl_sync(~0u, thread / 128, 0), pair = group / 2, half = group % 2, r = thread % PAIR / 32 * 16 + lane / 4;
         float s[64];
@@ -298,23 +341,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) column_sums(const __gri
     __syncthreads();
     after_previous_kernel();
     next_kernel_may_start();
-    float* mine = sums_of(p, set, part);
+    float* mine = sums_of(p, set, part) + x.first;
     for (int i = begin + thread; i < end; i += blockDim.x) mine[i] = sh.sums[i - begin];
 
     __threadfence();
     __syncthreads();
-    if (thread == 0) sh.finishes = atomicAdd(p.arrived + set * p.spans + place, 1) == p.parts - 1;
+    if (thread == 0) sh.finishes = atomicAdd(arrived, 1) == x.parts - 1;
     __syncthreads();
     if (!sh.finishes) return;
     __threadfence();
-    for (int column = place * p.span + thread; column < min((place + 1) * p.span, p.N); column += blockDim.x) {
+    for (int column = place * p.span + thread; column < min((place + 1) * p.span, x.rows); column += blockDim.x) {
         float total = 0;
         int seen = 0;  // how many probes see this column
         if (column >= begin && column < end) {
-            for (int i = 0; i < p.parts; i += 8) {
+            for (int i = 0; i < x.parts; i += 8) {
                 float sums[8];  // all on their way at a time
 #pragma unroll
-                for (int j = 0; j < 8; ++j) sums[j] = i + j < p.parts ? __ldcg(sums_of(p, set, i + j) + column) : 0;
+                for (int j = 0; j < 8; ++j) sums[j] = i + j < x.parts ? __ldcg(sums_of(p, set, i + j) + x.first + column) : 0;
 #pragma unroll
                 for (int j = 0; j < 8; ++j) total += sums[j];
             }
@@ -324,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) column_sums(const __gri
                 seen += (column <= at.x) + (column <= at.y) + (column <= at.z) + (column <= at.w);
             }
         }
-        p.accumulated[(i64)set * p.N + column] = total;
-        p.normalized[(i64)set * p.N + column] = total / (float)(max(seen, 1) * heads);
+        p.accumulated[(i64)set * p.N + x.first + column] = total;
+        p.normalized[(i64)set * p.N + x.first + column] = total / (float)(max(seen, 1) * heads);
     }
 }

@@ -9,6 +9,7 @@ from cupy.cuda.function import Function
 from torch import Tensor
 
 from zipvl_kernels._cuda import common
+from zipvl_kernels._cuda.packed import as_batch, fewest, ways
 from zipvl_kernels._cuda.tensor_map import lacks as no_copies
 from zipvl_kernels._cuda.tensor_map import tensor_map
 
@@ -22,7 +23,7 @@ AT_ONCE = 132  # blocks that run at a time, one a multiprocessor of an H100 or H
 # Scratch of a column stays at 56 bytes, where that leaves enough blocks: the log-sum-exps of all probes, heads and
 # splits; and 4 for every part of a group's heads, less those for which the outputs serve.
 ROW_BYTES, MAX_PARTS, MAX_SPLITS = 24, 10, 32
-_ADDRESSES, _NUMBERS = struct.Struct("=128s10Q"), struct.Struct("=5q12if20x")
+_ADDRESSES, _NUMBERS = struct.Struct("=128s11Q"), struct.Struct("=Q5q12if6i44x")
 
 
 def lacks(
@@ -43,11 +44,9 @@ def lacks(
     """What keeps this kernel from these arguments, "" where nothing does."""
     if block_table is not None:
         return "block_table: expected None, since pages are read by the Triton kernel alone"
-    if cu_seqlens is not None:
-        return "cu_seqlens: expected None, got packed sequences"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
-    if q.shape[3] not in HEAD_DIMS:
+    if q.shape[-1] not in HEAD_DIMS:
         return f"q: expected a head dim of 64 or 128, got shape {list(q.shape)}"
     if scale is not None and scale < 0:
         return f"scale: expected at least 0, got {scale!r}"
@@ -62,8 +61,8 @@ def lacks(
 
 
 def score_tokens(
-    q: Tensor,  # [B, Hq, M, D]
-    k: Tensor,  # [B, Hkv, N, D]
+    q: Tensor,  # [B, Hq, M, D], or [T, Hq, D] with `cu_seqlens`
+    k: Tensor,  # [B, Hkv, N, D], or [T, Hkv, D]
     probe_rows: Tensor,  # int32 [P] or [B, P]
     *,
     scale: float | None = None,
@@ -71,13 +70,16 @@ def score_tokens(
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
     pool: str = "layer",
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
     block_table: Tensor | None = None,
     layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
-    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`."""
-    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool)
+    """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it.
+
+    Both `[B, G, N]`, or `[G, T]` with `cu_seqlens`.
+    """
+    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, None, cu_seqlens, max_seqlen)
 
 
 def launch(
@@ -90,29 +92,39 @@ def launch(
     seqused_k: Tensor | None,
     pool: str,
     shares: tuple[int, int, int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator on arguments that it can take; `shares` in place of those that `plan` gives."""
+    packed = None
+    if cu_seqlens is not None and max_seqlen is not None:
+        packed = cu_seqlens.shape[0] - 1, max_seqlen
+        q, k = as_batch(q), as_batch(k)
     device, q_shape, k_shape, rows_shape = q.device, q.shape, k.shape, probe_rows.shape
     G = 1 if pool == "layer" else k_shape[1]
-    accumulated = torch.empty((q_shape[0], G, k_shape[2]), dtype=torch.float32, device=device)
+    shape = (q_shape[0], G, k_shape[2])
+    accumulated = torch.empty(shape[1:] if packed else shape, dtype=torch.float32, device=device)
     normalized = torch.empty_like(accumulated)
-    if not accumulated.numel() or not q_shape[2] or not rows_shape[-1]:
+    if not accumulated.numel() or not min(q_shape[2], rows_shape[-1], *(packed or ())):
         return accumulated.zero_(), normalized.zero_()
     layout = q_shape, k_shape, rows_shape, q.stride(), probe_rows.stride()
-    launches, sizes = prepared(device, q.dtype == torch.float16, *layout, G, scale, shares)
+    launches, sizes = prepared(device, q.dtype == torch.float16, *layout, G, scale, shares, packed)
     scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     at = scratch.data_ptr()
-    given = [None if x is None else x.contiguous() for x in (q_start, leftpad_k, seqused_k)]
+    given = [None if x is None else x.contiguous() for x in (q_start, leftpad_k, seqused_k, cu_seqlens)]
+    start, *padding, cu_seqlens = given
     addresses: tuple[int | bytes, ...] = (
         tensor_map(k),
         q.data_ptr(),
         probe_rows.data_ptr(),
-        *(0 if x is None else x.data_ptr() for x in given),
+        common.address(start),
+        *map(common.address, padding),
         at,
         at + 4 * sizes[0],
         at + 4 * (sizes[0] + sizes[1]),
         accumulated.data_ptr(),
         normalized.data_ptr(),
+        common.address(cu_seqlens),
     )
     for step in launches:
         common.launch(step, *addresses)
@@ -131,15 +143,29 @@ def prepared(
     G: int,
     scale: float | None,
     shares: tuple[int, int, int] | None = None,
+    packed: tuple[int, int] | None = None,
 ) -> tuple[tuple[common.Launch, ...], tuple[int, int, int]]:
     """The two launches, which take the same addresses, and the sizes of their scratch.
 
-    That is, in 4 bytes: the log-sum-exps, the sums of each part of the heads, and the counters of blocks.
+    That is, in 4 bytes: the log-sum-exps, the sums of each part of the heads, and the counters of blocks. `packed` is
+    how many sequences one batch of all holds, and the longest.
     """
     (B, Hq, M, D), (_, Hkv, N, _), P = q_shape, k_shape, rows_shape[-1]
-    row_tiles, column_tiles, parts = shares or plan(N, P, Hq, G)
-    splits, spans = (-(-N // (tiles * TILE)) for tiles in (row_tiles, column_tiles))
+    shared = 1024 + 6 * TILE * D * 2 + 28672  # alignment, two tiles of queries and four of K, the rest
+    lengths, given, places = 0, (0, 0), [0, 0, 0, 0]
+    if packed:
+        q_stride, given, tiles = (0, *q_stride[1:]), packed, -(-packed[1] // TILE)
+        lengths = _shares(device, 1 << (tiles - 1).bit_length(), P, Hq, G, shares).data_ptr()
+        row_tiles, column_tiles, parts, in_rows, in_columns = _places(tiles, P, Hq, G, shares)
+        (splits, *row_places), (spans, *column_places) = (fewest(x, N, packed[0]) for x in (in_rows, in_columns))
+        blocks = Hq * -(-P // TILE) * splits, G * spans
+        places = [*row_places, *column_places]
+    else:
+        row_tiles, column_tiles, parts = shares or plan(N, P, Hq, G)
+        splits, spans = (-(-N // (tiles * TILE)) for tiles in (row_tiles, column_tiles))
+        blocks = B * Hq * -(-P // TILE) * splits, B * G * parts * spans
     numbers = _NUMBERS.pack(
+        lengths,
         *q_stride[:3],
         0 if len(rows_shape) == 1 else rows_stride[0],
         rows_stride[-1],
@@ -156,11 +182,11 @@ def prepared(
         spans,
         parts,
         (D**-0.5 if scale is None else scale) * math.log2(math.e) or 1e-30,  # times -inf, 0 would be NaN
+        *given,
+        *places,
     )
-    shared = 1024 + 6 * TILE * D * 2 + 28672  # alignment, two tiles of queries and four of K, the rest
-    blocks = B * Hq * -(-P // TILE) * splits, B * G * parts * spans
     sizes = B * Hq * splits * P, B * G * max(0, parts - 2) * N, B * G * spans
-    kernels = zip(_kernels(device, D, half, shared), blocks, strict=True)
+    kernels = zip(_kernels(device, D, half, shared, packed is not None), blocks, strict=True)
     return tuple(common.Launch(x, device, grid, THREADS, _ADDRESSES, numbers, shared) for x, grid in kernels), sizes
 
 
@@ -168,10 +194,11 @@ def prepared(
 def plan(N: int, P: int, Hq: int, G: int) -> tuple[int, int, int]:
     """Tiles of columns of a block in each launch, and parts of a group's heads: the fewest steps until all are done.
 
-    Of the shape of one sequence alone, so that its bits do not depend on the batch. A step is two tiles.
+    Of the shape of one sequence alone, so that its bits do not depend on the batch. Of `N` its number of tiles counts,
+    so that packed sequences can look it up. A step is two tiles.
     """
     tiles, blocks, heads = -(-N // TILE), -(-P // TILE), Hq // G
-    most_splits = max(1, min(MAX_SPLITS, ROW_BYTES * N // (4 * Hq * P)))
+    most_splits = max(1, min(MAX_SPLITS, ROW_BYTES * tiles * TILE // (4 * Hq * P)))
     row_tiles = {-(-tiles // splits) for splits in range(1, most_splits + 1)}
 
     def row_steps(row_tiles: int) -> float:
@@ -190,9 +217,34 @@ def plan(N: int, P: int, Hq: int, G: int) -> tuple[int, int, int]:
 
 
 @cache
-def _kernels(device: torch.device, D: int, half: bool, shared: int) -> tuple[Function, Function]:
+def _plans(tiles: int, P: int, Hq: int, G: int, shares: tuple[int, int, int] | None) -> list[tuple[int, int, int]]:
+    """What `plan` says of a sequence of so many tiles, or fewer; of none as of one."""
+    return [shares or plan(max(t, 1) * TILE, P, Hq, G) for t in range(tiles + 1)]
+
+
+@cache  # for good: launches hold its address
+def _shares(device: torch.device, tiles: int, P: int, Hq: int, G: int, shares: tuple[int, int, int] | None) -> Tensor:
+    """What bits depend on, by the tiles of a sequence: columns of a split, and parts; int32 `[tiles + 1, 2]`."""
+    plans = _plans(tiles, P, Hq, G, shares)
+    return torch.tensor([(row * TILE, parts) for row, _, parts in plans], dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=256)
+def _places(
+    tiles: int, P: int, Hq: int, G: int, shares: tuple[int, int, int] | None
+) -> tuple[int, int, int, list[tuple[int, int]], list[tuple[int, int]]]:
+    """For sequences of so many tiles or fewer: tiles of a block in each launch, most parts, and `ways` of each."""
+    plans = _plans(tiles, P, Hq, G, shares)
+    row_tiles, column_tiles, _ = plans[-1]
+    rows = [-(-t // row) for t, (row, _, _) in enumerate(plans)]
+    columns = [-(-t // column_tiles) * parts for t, (_, _, parts) in enumerate(plans)]
+    return row_tiles, column_tiles, max(parts for *_, parts in plans), ways(rows, TILE), ways(columns, TILE)
+
+
+@cache
+def _kernels(device: torch.device, D: int, half: bool, shared: int, packed: bool) -> tuple[Function, Function]:
     """The two kernels, compiled and loaded on `device`."""
-    module = common.load_module("score_tokens", "sm_90a", device, HEAD_DIM=D, HALF=int(half))
+    module = common.load_module("score_tokens", "sm_90a", device, HEAD_DIM=D, HALF=int(half), PACKED=int(packed))
     row_sums, column_sums = module.get_function("row_sums"), module.get_function("column_sums")
     common.allow_shared(row_sums, device, shared)
     common.allow_shared(column_sums, device, shared)

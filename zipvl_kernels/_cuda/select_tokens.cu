@@ -10,9 +10,11 @@
 // all the totals (distributed shared memory); then every block scans the same totals and finds the same threshold.
 // The scores are read again for every digit, from L1. Integers make every order of the additions give the same bits.
 //
-// Given from outside: THREADS of a block, CLUSTER blocks a set, BY_RATIO 0 or 1.
+// Given from outside: THREADS of a block, CLUSTER blocks a set, BY_RATIO 0 or 1, and PACKED 1 for sequences one after the
+// other: then scores and indices are [G, T], strides of a batch 0, and N is the longest length.
 
 #include "dependent.cuh"
+#include "packed.cuh"
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
@@ -34,13 +36,15 @@ struct Params {
     const int* seqused_k;      // [B] or null
     int* indices;              // [B, G, N], dense
     int* counts;               // [B, G], dense
+    const int* cu_seqlens;     // [B + 1] if PACKED
     i64 a_b, a_g, a_n, n_b, n_g, n_n;
     double share;  // tau or the ratio
     int G, N;
     int keep_first, keep_recent;  // at most N
+    int B, T;                     // sequences, and rows of all of them, if PACKED
 };
 
-static_assert(sizeof(Params) == 120, "the launcher packs so much");
+static_assert(sizeof(Params) == 136, "the launcher packs so much");
 
 struct Sum {
     u32 count;
@@ -470,16 +474,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     u32 set = blockIdx.x / CLUSTER, rank = rank_in_cluster();
     i64 b = set / p.G, g = set % p.G;
     i64 first = p.leftpad_k && p.leftpad_k[b] > 0 ? p.leftpad_k[b] : 0;
-    i64 end = p.seqused_k && p.seqused_k[b] < p.N ? p.seqused_k[b] : p.N;
+    Span span = span_of({p.cu_seqlens, p.B, p.T, p.N}, b);
+    i64 end = p.seqused_k && p.seqused_k[b] < span.rows ? p.seqused_k[b] : span.rows;
     u32 n = end > first ? end - first : 0;
     __syncthreads();
 
     u32 kept = 0;
-    int* out = p.indices + i64(set) * p.N;
+    int* out = p.indices + (PACKED ? g * p.T + span.first : i64(set) * p.N);
     if (n > 0) {
         Columns c;
-        c.accumulated = p.accumulated + b * p.a_b + g * p.a_g;
-        c.normalized = p.normalized + b * p.n_b + g * p.n_g;
+        c.accumulated = p.accumulated + b * p.a_b + g * p.a_g + span.first * p.a_n;
+        c.normalized = p.normalized + b * p.n_b + g * p.n_g + span.first * p.n_n;
         c.a_n = p.a_n;
         c.n_n = p.n_n;
         c.first = first;
@@ -499,7 +504,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         kept = kept > least ? kept : least;
         emit(s, c, threshold(s, c, kept), out);
     }
-    for (i64 j = i64(kept) + rank * THREADS + threadIdx.x; j < p.N; j += CLUSTER * THREADS)
+    for (i64 j = i64(kept) + rank * THREADS + threadIdx.x; j < span.rows; j += CLUSTER * THREADS)
         out[j] = -1;
     if (rank == 0 && threadIdx.x == 0)
         p.counts[set] = kept;

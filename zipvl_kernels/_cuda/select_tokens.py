@@ -13,7 +13,7 @@ MOST_COLUMNS = 1 << 22  # sums of 10 bits stay within 32
 THREADS = 1024
 COLUMNS = 4096  # that one block takes before the set is worth another
 MOST_BLOCKS = 8  # of a cluster, on every GPU that has clusters
-_ADDRESSES, _NUMBERS = struct.Struct("=6Q"), struct.Struct("=6qd4i")
+_ADDRESSES, _NUMBERS = struct.Struct("=7Q"), struct.Struct("=6qd6i")
 
 
 def lacks(
@@ -30,9 +30,9 @@ def lacks(
     max_seqlen: int | None = None,
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
-    if cu_seqlens is not None:
-        return "cu_seqlens: expected None, got packed sequences"
-    if accumulated.shape[2] > MOST_COLUMNS:
+    if max_seqlen is not None and max_seqlen > MOST_COLUMNS:
+        return f"max_seqlen: expected at most {MOST_COLUMNS}, got {max_seqlen}"
+    if max_seqlen is None and accumulated.shape[2] > MOST_COLUMNS:
         return f"accumulated: expected at most {MOST_COLUMNS} columns, got shape {list(accumulated.shape)}"
     if common.capability(accumulated.device) < (8, 0):
         return f"expected a GPU of compute capability 8.0 or more, got {common.capability(accumulated.device)}"
@@ -40,8 +40,8 @@ def lacks(
 
 
 def select_tokens(
-    accumulated: Tensor,  # fp32 [B, G, N]
-    normalized: Tensor,  # fp32 [B, G, N]
+    accumulated: Tensor,  # fp32 [B, G, N], or [G, T] with `cu_seqlens`
+    normalized: Tensor,  # fp32 [B, G, N], or [G, T]
     *,
     tau: float | None = None,
     keep_ratio: float | None = None,
@@ -49,11 +49,12 @@ def select_tokens(
     keep_recent: int = 1,
     leftpad_k: Tensor | None = None,  # int32 [B]
     seqused_k: Tensor | None = None,  # int32 [B]
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ascending columns of the kept set, then -1, int32 `[B, G, N]`; how many there are, int32 `[B, G]`."""
-    return launch(accumulated, normalized, tau, keep_ratio, keep_first, keep_recent, leftpad_k, seqused_k)
+    """Ascending columns of the kept set, then -1, int32 as the scores; how many there are, int32 `[B, G]`."""
+    sequences = leftpad_k, seqused_k, cu_seqlens, max_seqlen
+    return launch(accumulated, normalized, tau, keep_ratio, keep_first, keep_recent, *sequences)
 
 
 def launch(
@@ -65,6 +66,8 @@ def launch(
     keep_recent: int,
     leftpad_k: Tensor | None,
     seqused_k: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     *,
     threads: int = THREADS,
     blocks: int | None = None,
@@ -72,20 +75,25 @@ def launch(
     """The operator with one configuration: `blocks` of `threads` (a power of two from 32 to 1024) a set."""
     shape, device = accumulated.shape, accumulated.device
     indices = torch.empty_like(accumulated, dtype=torch.int32, memory_format=torch.contiguous_format)
-    counts = indices.new_empty(shape[0], shape[1])
-    if not indices.numel():
+    packed = None
+    if cu_seqlens is not None and max_seqlen is not None:
+        packed = cu_seqlens.shape[0] - 1, max_seqlen
+    counts = indices.new_empty((packed or shape)[0], shape[-2])
+    if not indices.numel() or (packed and not min(packed)):
         return indices, counts.zero_()
     layout = shape, accumulated.stride(), normalized.stride()
-    step = prepared(device, *layout, tau, keep_ratio, keep_first, keep_recent, threads, blocks)
-    leftpad, seqused = (None if x is None else x.contiguous() for x in (leftpad_k, seqused_k))
+    step = prepared(device, *layout, tau, keep_ratio, keep_first, keep_recent, packed, threads, blocks)
+    given = leftpad_k, seqused_k, cu_seqlens
+    leftpad, seqused, cu_seqlens = (None if x is None else x.contiguous() for x in given)
     common.launch(
         step,
         accumulated.data_ptr(),
         normalized.data_ptr(),
-        0 if leftpad is None else leftpad.data_ptr(),
-        0 if seqused is None else seqused.data_ptr(),
+        common.address(leftpad),
+        common.address(seqused),
         indices.data_ptr(),
         counts.data_ptr(),
+        common.address(cu_seqlens),
     )
     return indices, counts
 
@@ -100,16 +108,20 @@ def prepared(
     keep_ratio: float | None,
     keep_first: int,
     keep_recent: int,
+    packed: tuple[int, int] | None = None,
     threads: int = THREADS,
     blocks: int | None = None,
 ) -> common.Launch:
-    """All of a launch but its addresses."""
-    B, G, N = shape
+    """All of a launch but its addresses; `packed` is how many sequences `[G, T]` holds, and the longest length."""
+    *batch, G, T = shape
+    B, N = packed or (*batch, T)
+    if packed:
+        accumulated_stride, normalized_stride = (0, *accumulated_stride), (0, *normalized_stride)
     blocks = blocks or _blocks(device, B * G, N)
     share = tau if keep_ratio is None else keep_ratio
     firsts = min(keep_first, N), min(keep_recent, N)
-    numbers = _NUMBERS.pack(*accumulated_stride, *normalized_stride, share, G, N, *firsts)
-    kernel = _kernel(device, threads, blocks, keep_ratio is not None)
+    numbers = _NUMBERS.pack(*accumulated_stride, *normalized_stride, share, G, N, *firsts, B, T)
+    kernel = _kernel(device, threads, blocks, keep_ratio is not None, packed is not None)
     return common.Launch(kernel, device, B * G * blocks, threads, _ADDRESSES, numbers)
 
 
@@ -124,6 +136,7 @@ def _blocks(device: torch.device, sets: int, N: int) -> int:
 
 
 @cache
-def _kernel(device: torch.device, threads: int, blocks: int, by_ratio: bool) -> Function:
+def _kernel(device: torch.device, threads: int, blocks: int, by_ratio: bool, packed: bool) -> Function:
     architecture = "sm_{}{}".format(*common.capability(device))
-    return common.load("select_tokens", architecture, device, THREADS=threads, CLUSTER=blocks, BY_RATIO=int(by_ratio))
+    defined = {"THREADS": threads, "CLUSTER": blocks, "BY_RATIO": int(by_ratio), "PACKED": int(packed)}
+    return common.load("select_tokens", architecture, device, **defined)

@@ -10,10 +10,12 @@
 // L2; an item's arithmetic never depends on who draws it, hence the same bits at every run.
 //
 // Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16, STAGES of the ring, CONSUMER_REGISTERS and
-// PRODUCER_REGISTERS, TAKE_TURNS 0 or 1.
+// PRODUCER_REGISTERS, TAKE_TURNS 0 or 1, and PACKED 1 for sequences one after the other: then q, k, v are [T, H, D], `out`
+// is dense in this order, indices are [G, T], strides of a batch 0, and M is the longest length. packed.cuh says more.
 
 #include "dependent.cuh"
 #include "hopper.cuh"
+#include "packed.cuh"
 
 constexpr int MAX_SETS = 512;
 constexpr int ZERO_HEADS = 8;
@@ -28,8 +30,10 @@ struct Params {
     const int* counts;   // [B, G]
     const int* q_start;  // [B] or null
     int* ticket;         // 0 before and after
+    const int* cu_seqlens;  // [B + 1] if PACKED
     i64 q_b, q_h, q_m, indices_b, indices_g, indices_n, counts_b, counts_g;
     int B, Hq, Hkv, G, M;
+    int T;              // rows of all sequences if PACKED
     int most;           // members of a set at most
     int default_start;  // column of query row 0
     int whole;          // every member has a query row
@@ -97,13 +101,24 @@ __device__ __forceinline__ void as_operand(u32 (&p)[32], const float (&s)[64]) {
 
 // --- roles ---------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ Packing packing(const Params& p) { return {p.cu_seqlens, p.B, p.T, p.M}; }
+
 __device__ __forceinline__ const int* columns_of(const Params& p, int b, int g) {
-    return p.indices + b * p.indices_b + g * p.indices_g;
+    return p.indices + b * p.indices_b + g * p.indices_g + span_of(packing(p), b).first * p.indices_n;
 }
 
 __device__ __forceinline__ int count_of(const Params& p, int b, int g) {
-    return min(max(p.counts[b * p.counts_b + g * p.counts_g], 0), p.most);
+    int most = PACKED ? span_of(packing(p), b).rows : p.most;
+    return min(max(p.counts[b * p.counts_b + g * p.counts_g], 0), most);
 }
+
+// The output of a head from row `row` of sequence `b` on, in 16 bytes, and how many of them lead to the next row.
+__device__ __forceinline__ uint4* out_from(const Params& p, int b, int head, int row) {
+    i64 at = PACKED ? (i64)(span_of(packing(p), b).first + row) * p.Hq + head : (i64)(b * p.Hq + head) * p.M + row;
+    return (uint4*)(p.out + at * D);
+}
+
+__device__ __forceinline__ i64 out_stride(const Params& p) { return PACKED ? (i64)p.Hq * CHUNKS : CHUNKS; }
 
 __device__ __forceinline__ int start_of(const Params& p, int b) { return p.q_start ? p.q_start[b] : p.default_start; }
 
@@ -181,15 +196,16 @@ __device__ Item item_of(const Params& p, const Shared& sh, int t) {
 // 64 query rows into the swizzled buffer of one consumer, by one warp.
 __device__ void gather_queries(const Params& p, const Item& x, int half, int* row, u32 to, int lane) {
     const int* columns = columns_of(p, x.b, x.g);
+    Span span = span_of(packing(p), x.b);
 #pragma unroll
     for (int r = lane; r < ROWS; r += 32) {
         int i = x.tile * TILE + half * ROWS + r, at = -1;
         if (i < x.count) at = columns[i * p.indices_n] - x.start;
-        row[r] = at < p.M ? at : -1;
+        row[r] = at < span.rows ? at : -1;
         if (at < 0) row[r] = -1;
     }
     __syncwarp();
-    const u16* q = p.q + x.b * p.q_b + x.head * p.q_h;
+    const u16* q = p.q + x.b * p.q_b + x.head * p.q_h + span.first * p.q_m;
     int chunk = lane % CHUNKS;
 #pragma unroll 4
     for (int r = lane / CHUNKS; r < ROWS; r += 32 / CHUNKS) {
@@ -243,18 +259,19 @@ __device__ void serve_keys(const Params& p, Shared& sh, u32 k_at, u32 v_at) {
         Item x = sh.item[slot];
         arrive(sh.q_empty[slot]);
         if (x.tile < 0) return;
+        int first = span_of(packing(p), x.b).first, b = PACKED ? 0 : x.b;
 #pragma unroll 1
         for (int tile = x.tile; tile >= -1; --tile) {
             if (tile >= 0) {
                 u32 stage = k_loaded % STAGES, round = k_loaded / STAGES & 1;
                 wait(sh.k_empty[stage], round ^ 1);
-                load_tile(k_at + stage * TILE_BYTES, p.k, sh.k_full[stage], tile * TILE, x.kv, x.b);
+                load_tile(k_at + stage * TILE_BYTES, p.k, sh.k_full[stage], first + tile * TILE, x.kv, b);
                 ++k_loaded;
             }
             if (tile < x.tile) {
                 u32 stage = v_loaded % STAGES, round = v_loaded / STAGES & 1;
                 wait(sh.v_empty[stage], round ^ 1);
-                load_tile(v_at + stage * TILE_BYTES, p.v, sh.v_full[stage], (tile + 1) * TILE, x.kv, x.b);
+                load_tile(v_at + stage * TILE_BYTES, p.v, sh.v_full[stage], first + (tile + 1) * TILE, x.kv, b);
                 ++v_loaded;
             }
         }
@@ -263,21 +280,27 @@ __device__ void serve_keys(const Params& p, Shared& sh, u32 k_at, u32 v_at) {
 
 // One warp of each block: rows that are not in the set become 0, 32 rows of up to ZERO_HEADS heads at a time.
 __device__ void clear_rows(const Params& p, int lane) {
-    int heads = p.Hq / p.G, shares = (heads + ZERO_HEADS - 1) / ZERO_HEADS, blocks = (p.M + 31) / 32;
-    i64 jobs = (i64)p.B * p.G * blocks * shares;
+    int heads = p.Hq / p.G, shares = (heads + ZERO_HEADS - 1) / ZERO_HEADS;
+    Packing all = packing(p);
+    Places places = {32, 1};
+    int blocks = PACKED ? p.T / places.every + p.B * places.apart : (p.M + 31) / 32;  // of all sequences, or of one
+    i64 jobs = (i64)(PACKED ? 1 : p.B) * p.G * blocks * shares;
     for (i64 t = blockIdx.x; t < jobs; t += gridDim.x) {
-        int share = t % shares, set = t / shares / blocks, b = set / p.G, g = set % p.G;
-        int first = t / shares % blocks * 32, column = first + start_of(p, b), count = count_of(p, b, g);
+        int share = t % shares, set = t / shares / blocks, b = set / p.G, g = set % p.G, block = t / shares % blocks;
+        if (PACKED) b = sequence_at(all, places, block), block -= first_place(all, places, b);
+        int first = block * 32, rows = span_of(all, b).rows;
+        if (PACKED && (first < 0 || first >= rows)) continue;
+        int column = first + start_of(p, b), count = count_of(p, b, g);
         const int* columns = columns_of(p, b, g);
         int at = lower_bound(columns, p.indices_n, count, column, lane) + lane;
         u32 offset = at < count ? (u32)(columns[at * p.indices_n] - column) : 32;
         u32 kept = __reduce_or_sync(~0u, offset < 32 ? 1u << offset : 0);
         int head = g * heads + share * ZERO_HEADS, end = min(head + ZERO_HEADS, (g + 1) * heads);
         for (; head < end; ++head) {
-            uint4* out = (uint4*)(p.out + ((i64)(b * p.Hq + head) * p.M + first) * D) + lane % CHUNKS;
+            uint4* out = out_from(p, b, head, first) + lane % CHUNKS;
 #pragma unroll 4
             for (int r = lane / CHUNKS; r < 32; r += 32 / CHUNKS)
-                if (first + r < p.M && !(kept >> r & 1)) __stcs(out + r * CHUNKS, make_uint4(0, 0, 0, 0));
+                if (first + r < rows && !(kept >> r & 1)) __stcs(out + r * out_stride(p), make_uint4(0, 0, 0, 0));
         }
     }
 }
@@ -372,13 +395,13 @@ __device__ void consume(const Params& p, Shared& sh, u32 q_at, u32 k_at, u32 v_a
         }
         __syncwarp();
         Item x = sh.item[slot];
-        uint4* out = (uint4*)(p.out + (i64)(x.b * p.Hq + x.head) * p.M * D) + lane % CHUNKS;
+        uint4* out = out_from(p, x.b, x.head, 0) + lane % CHUNKS;
 #pragma unroll
         for (int i = lane / CHUNKS; i < 16; i += 32 / CHUNKS) {
             int row = sh.row[slot][half * ROWS + warp * 16 + i], chunk = lane % CHUNKS;
             u32 place = q + (chunk / 8) * Q_BAND + (warp * 16 + i) * 128 + ((chunk % 8 ^ i % 8) << 4);
             uint4 values = load_16(place);
-            if (row >= 0) out[(i64)row * CHUNKS] = values;
+            if (row >= 0) out[row * out_stride(p)] = values;
         }
         __syncwarp();
         if (lane == 0) arrive(sh.q_empty[slot]);

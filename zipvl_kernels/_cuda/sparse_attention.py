@@ -9,6 +9,7 @@ from cupy.cuda.function import Function
 from torch import Tensor
 
 from zipvl_kernels._cuda import common
+from zipvl_kernels._cuda.packed import as_batch
 from zipvl_kernels._cuda.tensor_map import lacks as no_copies
 from zipvl_kernels._cuda.tensor_map import tensor_map
 from zipvl_kernels._tickets import tickets
@@ -18,7 +19,7 @@ MAX_SETS = 512  # B * G
 STAGES = {64: 4, 128: 2}  # tiles of K, and of V, in shared memory
 CONSUMER_REGISTERS, PRODUCER_REGISTERS, TAKE_TURNS = 232, 40, True
 SECTION_BYTES = 24 << 20  # of K and V that heads worked on at a time may take, so that they stay in L2
-_ADDRESSES, _NUMBERS = struct.Struct("=128s128s6Q"), struct.Struct("=8q9if40x")
+_ADDRESSES, _NUMBERS = struct.Struct("=128s128s7Q"), struct.Struct("=8q10if28x")
 
 
 def lacks(
@@ -40,11 +41,9 @@ def lacks(
     """What keeps this kernel from these arguments, "" where nothing does."""
     if block_table is not None:
         return "block_table: expected None, since pages are read by the Triton kernel alone"
-    if cu_seqlens is not None:
-        return "cu_seqlens: expected None, got packed sequences"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
-    if q.shape[3] not in STAGES:
+    if q.shape[-1] not in STAGES:
         return f"q: expected a head dim of 64 or 128, got shape {list(q.shape)}"
     if not kv_compacted:
         return "kv_compacted: expected True, got False"
@@ -61,23 +60,23 @@ def lacks(
 
 
 def sparse_attention(
-    q: Tensor,  # [B, Hq, M, D]
-    k: Tensor,  # [B, Hkv, N, D]
-    v: Tensor,  # [B, Hkv, N, D]
-    indices: Tensor,  # int32 [B, G, C]
+    q: Tensor,  # [B, Hq, M, D], or [T, Hq, D] with `cu_seqlens`
+    k: Tensor,  # [B, Hkv, N, D], or [T, Hkv, D]
+    v: Tensor,  # [B, Hkv, N, D], or [T, Hkv, D]
+    indices: Tensor,  # int32 [B, G, C], or [G, T]
     counts: Tensor,  # int32 [B, G]
     *,
     scale: float | None = None,
     q_start: Tensor | None = None,  # int32 [B]
     kv_compacted: bool = False,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
     layout: str = "NHD",
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
-    return launch(q, k, v, indices, counts, scale, q_start)
+    return launch(q, k, v, indices, counts, scale, q_start, cu_seqlens, max_seqlen)
 
 
 def launch(
@@ -88,6 +87,8 @@ def launch(
     counts: Tensor,
     scale: float | None,
     q_start: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     *,
     stages: int | None = None,
     consumer_registers: int = CONSUMER_REGISTERS,
@@ -97,14 +98,18 @@ def launch(
 ) -> Tensor:
     """The operator on arguments that it can take, with one configuration."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    packed = None
+    if cu_seqlens is not None and max_seqlen is not None:
+        packed = counts.shape[0], max_seqlen
+        q, k, v, indices = as_batch(q), as_batch(k), as_batch(v), indices[None]
     q_shape, k_shape, indices_shape = q.shape, k.shape, indices.shape
-    if not out.numel() or not min(k_shape[2], indices_shape[2]):
+    if not out.numel() or not min(k_shape[2], indices_shape[2], *(packed or ())):
         return out.zero_()
     device, half = q.device, q.dtype == torch.float16
     layout = q_shape, k_shape, indices_shape, q.stride(), indices.stride(), counts.stride()
     config = stages, consumer_registers, producer_registers, take_turns, section_bytes
-    step = prepared(device, half, *layout, scale, q_start is None, *config)
-    start = None if q_start is None else q_start.contiguous()
+    step = prepared(device, half, *layout, scale, q_start is None, packed, *config)
+    start, cu_seqlens = (None if x is None else x.contiguous() for x in (q_start, cu_seqlens))
     common.launch(
         step,
         tensor_map(k),
@@ -113,8 +118,9 @@ def launch(
         out.data_ptr(),
         indices.data_ptr(),
         counts.data_ptr(),
-        0 if start is None else start.data_ptr(),
+        common.address(start),
         tickets(device, 1).data_ptr(),
+        common.address(cu_seqlens),
     )
     return out
 
@@ -131,15 +137,19 @@ def prepared(
     counts_stride: tuple[int, ...],
     scale: float | None,
     default_start: bool,
+    packed: tuple[int, int] | None = None,
     stages: int | None = None,
     consumer_registers: int = CONSUMER_REGISTERS,
     producer_registers: int = PRODUCER_REGISTERS,
     take_turns: bool = TAKE_TURNS,
     section_bytes: int = SECTION_BYTES,
 ) -> common.Launch:
-    """All of a launch but its addresses."""
+    """All of a launch but its addresses; `packed` is how many sequences one batch of all holds, and the longest."""
     (B, Hq, M, D), (_, Hkv, N, _), (_, G, C) = q_shape, k_shape, indices_shape
-    config = stages or STAGES[D], consumer_registers, producer_registers, take_turns
+    start, whole = C - M, default_start and C == M
+    if packed:
+        (B, M), q_stride, indices_stride = packed, (0, *q_stride[1:]), (0, *indices_stride[1:])
+    config = stages or STAGES[D], consumer_registers, producer_registers, take_turns, packed is not None
     kernel, shared, blocks = _kernel(device, D, half, *config)
     numbers = _NUMBERS.pack(
         *q_stride[:3],
@@ -150,9 +160,10 @@ def prepared(
         Hkv,
         G,
         M,
+        N,
         min(C, N),
-        C - M,
-        default_start and C == M,
+        start,
+        whole,
         section_bytes,
         (D**-0.5 if scale is None else scale) * math.log2(math.e),
     )
@@ -168,6 +179,7 @@ def _kernel(
     consumer_registers: int,
     producer_registers: int,
     take_turns: bool,
+    packed: bool,
 ) -> tuple[Function, int, int]:
     """The kernel compiled and loaded on `device`, its bytes of dynamic shared memory, and its number of blocks."""
     kernel = common.load(
@@ -180,6 +192,7 @@ def _kernel(
         CONSUMER_REGISTERS=consumer_registers,
         PRODUCER_REGISTERS=producer_registers,
         TAKE_TURNS=int(take_turns),
+        PACKED=int(packed),
     )
     shared = 1024 + 4 * 64 * D * 2 + 2 * stages * 128 * D * 2 + 8192  # alignment, queries, K and V, the rest
     common.allow_shared(kernel, device, shared)

@@ -11,10 +11,10 @@ from zipvl_kernels._cuda.common import libcuda
 
 def lacks(name: str, x: Tensor) -> str:
     """What keeps `x` from a descriptor, and its rows from copies of 16 bytes; "" where nothing does."""
-    b, h, n, _ = x.stride()
-    if (b | h | n) % 8 or x.data_ptr() % 16:
+    strides = x.stride()[:-1]
+    if any(stride % 8 for stride in strides) or x.data_ptr() % 16:
         return f"{name}: expected rows that start at multiples of 16 bytes, got strides {x.stride()}"
-    if not (b and h and n):
+    if not all(strides):
         return f"{name}: expected memory of its own for every row, got strides {x.stride()}"
     return ""
 

@@ -7,6 +7,7 @@ that have to read what it overwrites: those stand before it, and have started, s
 import triton
 import triton.language as tl
 from torch import Tensor
+from zipvl_reference.compact_kv import Layers, layers
 
 from zipvl_kernels._tickets import tickets
 from zipvl_kernels._triton import common
@@ -16,35 +17,47 @@ ROWS = 64  # of a tile
 
 
 def compact_kv_(
-    k: Tensor,  # [B, Hkv, N, D]
-    v: Tensor,  # [B, Hkv, N, D]
-    indices: Tensor,  # int32 [B, G, N]
-    counts: Tensor,  # int32 [B, G]
+    k: Layers,  # [B, Hkv, N, D]; packed: [T, Hkv, D]
+    v: Layers,  # the same
+    indices: Layers,  # int32 [B, G, N]; packed: [G, T]
+    counts: Layers,  # int32 [B, G]
     *,
     dst_start: Tensor | None = None,  # int32 [B]
+    cu_seqlens: Tensor | None = None,  # int32 [B + 1]: packed
+    max_seqlen: int | None = None,
 ) -> None:
-    """In place: row `indices[b, g, i]` moves to row `dst_start[b] + i`."""
-    (B, Hkv, N, D), G = k.shape, indices.shape[1]
-    if B * N == 0:
+    """In place: row `indices[b, g, i]` moves to row `dst_start[b] + i`; of every layer, one after the other."""
+    for keys, values, sets, sizes in layers(k, v, indices, counts):
+        _launch(keys, values, sets, sizes, dst_start, cu_seqlens, max_seqlen)
+
+
+def _launch(
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    dst_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> None:
+    """One layer."""
+    B, G = counts.shape
+    if cu_seqlens is None:
+        _, Hkv, N, D = k.shape
+        strides = *k.stride()[:3], *v.stride()[:3], *indices.stride()
+    else:  # as a batch, all of whose sequences begin with row 0: `cu_seqlens` has what comes before
+        N, Hkv, D = k.shape
+        strides = 0, k.stride(1), k.stride(0), 0, v.stride(1), v.stride(0), 0, *indices.stride()
+    longest = N if max_seqlen is None else min(max_seqlen, N)
+    if B * longest == 0:
         return
-    tiles = common.pieces(N, ROWS)
+    tiles = common.pieces(longest, ROWS)
     programs = tiles * B * Hkv
     common.launch(
         _kernel,
         (programs,),
-        (k, v, indices, counts, dense(dst_start), tickets(k.device, programs + 2)),
-        (
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *indices.stride(),
-            *counts.stride(),
-            N,
-            N.bit_length(),
-            Hkv,
-            G,
-            tiles,
-            programs,
-        ),
+        (k, v, indices, counts, dense(dst_start), dense(cu_seqlens), tickets(k.device, programs + 2)),
+        (*strides, *counts.stride(), N, longest, longest.bit_length(), Hkv, G, tiles, programs),
         D=D,
         BLOCK_D=common.power_of_2(D),
         ROWS=ROWS,
@@ -92,11 +105,12 @@ def finish(counters, programs):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
-    k,  # [B, Hkv, N, D]
-    v,  # [B, Hkv, N, D]
-    indices,  # [B, G, N]
+    k,  # [B, Hkv, N, D]; packed: [N, Hkv, D]
+    v,  # the same
+    indices,  # [B, G, N]; packed: [G, N]
     counts,  # [B, G]
     dst_start,  # [B] or None
+    cu_seqlens,  # [B + 1]: packed, the first row of each sequence and the end; or None
     counters,  # the next ticket, how many are done, and which tiles have been read [tiles, B * Hkv]
     k_b,
     k_h,
@@ -110,6 +124,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     counts_b,
     counts_g,
     N,
+    longest,
     steps,  # of a binary search
     Hkv,
     G,
@@ -126,8 +141,14 @@ def _kernel(  # type: ignore[no-untyped-def]
     b = (chain // Hkv).to(tl.int64)
     h = (chain % Hkv).to(tl.int64)
     g = h % G
-    columns = indices + b * indices_b + g * indices_g
-    count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), N)
+    first = b * 0
+    length = longest
+    if cu_seqlens is not None:
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), N).to(tl.int64)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), 0), N)
+        length = tl.minimum(end - first.to(tl.int32), longest)
+    columns = indices + b * indices_b + g * indices_g + first * indices_n
+    count = tl.minimum(tl.load(counts + b * counts_b + g * counts_g), length)
     if tile * ROWS < count:
         begin = tile * ROWS
         if dst_start is not None:
@@ -136,10 +157,10 @@ def _kernel(  # type: ignore[no-untyped-def]
         d = tl.arange(0, BLOCK_D)  # [D]
         here = tile * ROWS + i < count
         source = tl.load(columns + (tile * ROWS + i).to(tl.int64) * indices_n, mask=here, other=0)  # [R]
-        moves = here & (source != begin + i)
+        moves = here & (source > begin + i) & (source < length) & (begin + i >= 0)
         mask = moves[:, None] & (d < D)
-        keys = k + b * k_b + h * k_h + d
-        values = v + b * v_b + h * v_h + d
+        keys = k + b * k_b + h * k_h + first * k_n + d
+        values = v + b * v_b + h * v_h + first * v_n + d
         row = source.to(tl.int64)[:, None]
         K = tl.load(keys + row * k_n, mask=mask)  # [R, D]
         V = tl.load(values + row * v_n, mask=mask)

@@ -16,9 +16,16 @@ Index outputs and moved rows have to be exact. Float outputs may be off by twice
 computation in the same dtype, plus what one rounding can change; see `zipvl_reference.testing.budget`.
 """
 
-from zipvl_reference.testing.compact_kv import check_compact_kv
+from zipvl_reference.testing.compact_kv import check_compact_kv, check_compact_kv_of_layers, check_packed_compact_kv
 from zipvl_reference.testing.compact_paged_kv import check_compact_paged_kv
 from zipvl_reference.testing.decode_attention import check_decode_attention, check_paged_decode_attention
+from zipvl_reference.testing.packed import (
+    check_packed_probe_rows,
+    check_packed_score_tokens,
+    check_packed_select_tokens,
+    check_packed_sparse_attention,
+    check_packed_zipvl_prefill,
+)
 from zipvl_reference.testing.probe_rows import check_probe_rows
 from zipvl_reference.testing.score_tokens import check_paged_score_tokens, check_score_tokens
 from zipvl_reference.testing.select_tokens import check_select_tokens
@@ -27,8 +34,15 @@ from zipvl_reference.testing.zipvl_prefill import check_zipvl_prefill
 
 __all__ = [
     "check_compact_kv",
+    "check_compact_kv_of_layers",
     "check_compact_paged_kv",
     "check_decode_attention",
+    "check_packed_compact_kv",
+    "check_packed_probe_rows",
+    "check_packed_score_tokens",
+    "check_packed_select_tokens",
+    "check_packed_sparse_attention",
+    "check_packed_zipvl_prefill",
     "check_paged_decode_attention",
     "check_paged_score_tokens",
     "check_paged_sparse_attention",

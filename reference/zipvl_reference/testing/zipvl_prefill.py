@@ -35,7 +35,7 @@ def check_zipvl_prefill(
     def test(case: AttentionCase) -> None:
         q = case.tensor(case.Hkv * case.group, case.M, device, dtype)
         k, v = (case.tensor(case.Hkv, case.N, device, dtype) for _ in range(2))
-        by_tau, share, scale = case.seed % 2 == 0, (0.3, 0.7, 0.9, 1.0)[case.seed % 4], case.D**-0.5
+        by_tau, share = case.seed % 2 == 0, (0.3, 0.7, 0.9, 1.0)[case.seed % 4]
         probes: dict[str, Any] = {"num_recent": 3, "num_random": 3, "seed": case.seed % 5}
         options: dict[str, Any] = {
             ("tau" if by_tau else "keep_ratio"): share,
@@ -51,26 +51,7 @@ def check_zipvl_prefill(
         out, indices, counts = fn(q, k, v, **options)
 
         rows = probe_rows(case.M, **probes).expand(case.B, -1)
-        exact, plain = (exact_scores(case, *clean[:2], rows, scale, t) for t in (torch.float64, dtype))
-        slack = [
-            2 * (p.double() - e).abs().max().item() + atom(*clean[:2], scale, e.max().item(), torch.float32)
-            for p, e in zip(plain, exact, strict=True)
-        ]
-        member = _members(case, indices, counts)
-        for b, (first, end, _) in enumerate(zip(*case.bounds, strict=True)):
-            for g in range(case.groups):
-                columns = slice(first, max(first, end))
-                scores = exact[0][b, g, columns], exact[1][b, g, columns]
-                _assert_justified(*scores, member[b, g, columns], share, by_tau, slack, f"[{b}, {g}]")
-        for name, now, old in (("k", k, before[0]), ("v", v, before[1])):
-            for b in range(case.B):
-                for h in range(case.Hkv):
-                    kept = old[b, h, member[b, h % case.groups].to(device)]
-                    assert_same_bits(f"{name}[{b}, {h}], compacted", kept, now[b, h, : kept.shape[0]])
-        wanted, usual = (
-            exact_sparse_attention(*clean, member, case.bounds[2], scale, t) for t in (torch.float64, dtype)
-        )
-        assert_within("out", out, wanted, usual, atom(*clean[:2], scale, clean[2].abs().max().item(), dtype))
+        assert_prefill(case, rows, share, by_tau, clean, before, (k, v), (out, indices, counts))
 
         for b in range(case.B):
             given = {name: o[b : b + 1] if isinstance(o, Tensor) else o for name, o in options.items()}
@@ -79,6 +60,38 @@ def check_zipvl_prefill(
                 assert_same_bits(f"{name}, sequence {b} alone", batch[b : b + 1], single)
 
     for_each(attention_cases(head_dims, max_tokens), test, max_examples=max_examples, derandomize=derandomize)
+
+
+def assert_prefill(
+    case: AttentionCase,
+    rows: Tensor,
+    share: float,
+    by_tau: bool,
+    clean: tuple[Tensor, Tensor, Tensor],
+    before: tuple[Tensor, Tensor],
+    after: tuple[Tensor, Tensor],
+    result: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """`result` is right for probes `rows [B, P]`, `q, k, v` that are `clean` of poison, `k, v` `before` and `after`."""
+    scale, dtype, (out, indices, counts) = case.D**-0.5, clean[0].dtype, result
+    exact, plain = (exact_scores(case, *clean[:2], rows, scale, t) for t in (torch.float64, dtype))
+    slack = [
+        2 * (p.double() - e).abs().max().item() + atom(*clean[:2], scale, e.max().item(), torch.float32)
+        for p, e in zip(plain, exact, strict=True)
+    ]
+    member = _members(case, indices, counts)
+    for b, (first, end, _) in enumerate(zip(*case.bounds, strict=True)):
+        for g in range(case.groups):
+            columns = slice(first, max(first, end))
+            scores = exact[0][b, g, columns], exact[1][b, g, columns]
+            _assert_justified(*scores, member[b, g, columns], share, by_tau, slack, f"[{b}, {g}]")
+    for name, now, old in (("k", after[0], before[0]), ("v", after[1], before[1])):
+        for b in range(case.B):
+            for h in range(case.Hkv):
+                kept = old[b, h, member[b, h % case.groups].to(old.device)]
+                assert_same_bits(f"{name}[{b}, {h}], compacted", kept, now[b, h, : kept.shape[0]])
+    wanted, usual = (exact_sparse_attention(*clean, member, case.bounds[2], scale, t) for t in (torch.float64, dtype))
+    assert_within("out", out, wanted, usual, atom(*clean[:2], scale, clean[2].abs().max().item(), dtype))
 
 
 def _members(case: AttentionCase, indices: Tensor, counts: Tensor) -> Tensor:

@@ -1,0 +1,264 @@
+"""CUDA C kernels, packed and not, run by the CPU: the launchers as they are, over a driver that tests/cuda_on_cpu is.
+
+What this cannot show: speed, races, and what tensor cores and bulk copies do differently from their stand-ins.
+"""
+
+import ctypes
+import functools
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import zipvl_reference
+from test_launching import OPTIONS, cuda  # noqa: F401
+from zipvl_reference.testing.budget import assert_same_bits
+
+import zipvl_kernels as zk
+from zipvl_kernels._cuda.packed import fewest, ways
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+KERNELS, STANDINS = Path(zk.__file__).parent / "_cuda", Path(__file__).with_name("cuda_on_cpu")
+ENTRIES = {"score_tokens": ("row_sums", "column_sums")}
+PLAIN = {
+    'asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory")': "*flag = 1",
+    'asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory")': "x = *flag",
+}
+LENGTHS = (300, 0, 1, 129, 70)
+CONTIGUOUS = torch.Tensor.contiguous
+D = 64
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    for source in (*KERNELS.glob("*.cuh"), *STANDINS.iterdir()):  # stand-ins last: one takes the place of a header
+        text = source.read_text()
+        for assembly, plain in PLAIN.items():
+            text = text.replace(assembly, plain)
+        (folder / source.name).write_text(text)
+
+    @functools.cache
+    def library(name, defined, text=""):
+        stem = "_".join([name, *(str(value) for _, value in defined)])
+        source, program = folder / f"{stem}.cpp", folder / f"{stem}.so"
+        runs = " ".join(f"RUN({entry})" for entry in ENTRIES.get(name, (name,)))
+        source.write_text(f"{text or (KERNELS / f'{name}.cu').read_text()}\n{runs}\n")
+        shared = "" if "extern __shared__" in source.read_text() else "static"
+        macros = [f"-D{macro}={value}" for macro, value in defined] + [f"-D__shared__={shared}"]
+        flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-w", "-Wno-psabi", "-fPIC", "-shared"]
+        flags += ["-include", folder / "cuda_on_cpu.h"]
+        subprocess.run(["g++", *flags, *macros, source, "-o", program], check=True)
+        return ctypes.CDLL(str(program))
+
+    return library
+
+
+@pytest.fixture
+def on_cpu(cuda, compiled, monkeypatch):  # noqa: F811
+    """`zipvl_kernels._cuda`, whose launches run."""
+    kernels = []
+
+    def load_module(name, *_, **defined):
+        library = compiled(name, tuple(sorted(defined.items())))
+
+        def get_function(entry):
+            kernels.append(getattr(library, f"run_{entry}"))
+            return SimpleNamespace(ptr=len(kernels) - 1)
+
+        return SimpleNamespace(get_function=get_function)
+
+    def load(name, *_, **defined):
+        return load_module(name, **defined).get_function(name)
+
+    def start(config, kernel, pointers, extra):
+        blocks, *_, threads, _, _, _ = struct.unpack("=7I", ctypes.string_at(config, 28))
+        kernels[kernel](blocks, threads, ctypes.c_void_p(ctypes.c_void_p.from_address(pointers).value))
+        return 0
+
+    def encode(to, kind, rank, address, sizes, strides, box, *rest):
+        fields = struct.pack("=9Q", address.value, *sizes, *strides, box[1])
+        ctypes.memmove(to.value, fields, len(fields))
+        return 0
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", CONTIGUOUS)  # of which `cuda` keeps the results
+    monkeypatch.setattr(cuda.common, "load_module", load_module)
+    monkeypatch.setattr(cuda.common, "load", load)
+    monkeypatch.setattr(cuda.common, "_start", lambda: start)
+    monkeypatch.setattr(cuda.common, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(cuda.tensor_map, "libcuda", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
+    return cuda
+
+
+LOOK_UP = """
+#include "packed.cuh"
+
+struct Params {
+    Packing all;
+    Places places;
+    int count;
+    int* found;  // [count, 4]: sequence, the place in it, first row, rows
+};
+
+void look_up(Params p) {
+    for (int i = 0; i < p.count; ++i) {
+        int b = sequence_at(p.all, p.places, i);
+        Span span = span_of(p.all, b);
+        int found[4] = {b, i - first_place(p.all, p.places, b), span.first, span.rows};
+        memcpy(p.found + 4 * i, found, sizeof found);
+    }
+}
+"""
+
+
+def look_up(compiled, bounds, T, most, count, every, apart):
+    """What packed.cuh finds for each place."""
+    found = torch.full((count, 4), -7, dtype=torch.int32)
+    packing = bounds.data_ptr(), len(bounds) - 1, T, most, every, apart, count, found.data_ptr()
+    parameters = ctypes.create_string_buffer(struct.pack("=Q3i4x2ii4xQ", *packing))
+    compiled("look_up", (("PACKED", 1),), LOOK_UP).run_look_up(1, 32, parameters)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_sequence_has_its_places(compiled, seed):
+    """As many as it needs, in order, whatever the lengths."""
+    random = torch.Generator().manual_seed(seed)
+    tile, longest = 128, [1, 5, 40][seed % 3]
+    lengths = torch.randint(0, longest * tile + 1, (1 + 7 * seed,), generator=random, dtype=torch.int32)
+    lengths[torch.rand(len(lengths), generator=random) < 0.2] = 0
+    sizes = [0, *torch.randint(1, 50, (longest,), generator=random).tolist()]  # places by the tiles of a sequence
+    bounds = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    T, most = int(bounds[-1]), longest * tile
+    found_ways = ways(sizes, tile)
+    assert found_ways
+    for every, apart in found_ways:
+        count = T // every + len(lengths) * apart
+        assert fewest(found_ways, T, len(lengths))[0] <= count
+        found = look_up(compiled, bounds, T, most, count, every, apart)
+        wanted = 0
+        for b, n in enumerate(lengths.tolist()):
+            places = found[found[:, 0] == b]
+            assert places[:, 1].tolist() == list(range(len(places)))
+            assert len(places) >= sizes[-(-n // tile)]
+            assert (places[:, 2] == bounds[b]).all()
+            assert (places[:, 3] == n).all()
+            wanted += len(places)
+        assert wanted == count
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_bounds_lead_out_of_the_rows(compiled, seed):
+    random = torch.Generator().manual_seed(seed)
+    bounds = torch.randint(-(2**31), 2**31 - 1, (40,), generator=random, dtype=torch.int64).int()
+    bounds[::3] = torch.randint(-50, 1500, bounds[::3].shape, generator=random, dtype=torch.int32)
+    found = look_up(compiled, bounds, 1000, 300, 1000 // 32 + 39, 32, 1)
+    b, place, first, rows = found.T
+    assert ((b >= 0) & (b < 39)).all()
+    assert ((first >= 0) & (rows >= 0) & (first + rows <= 1000) & (rows <= 300)).all()
+    assert (place <= 1000 // 32 + 39).all()
+
+
+def packed(lengths, Hq, Hkv, dtype=torch.float16, seed=0):
+    """q, k, v as parts of one tensor, with rows of no sequence behind them, and where sequences begin and end."""
+    random = torch.Generator().manual_seed(seed)
+    fused = torch.randn(sum(lengths) + 3, Hq + 2 * Hkv, D, generator=random).to(dtype)
+    fused[sum(lengths) :] = torch.nan
+    q, k, v = fused.split((Hq, Hkv, Hkv), dim=1)
+    return q, k, v, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+
+def spans(lengths):
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    return [(b, slice(first, first + n)) for b, (first, n) in enumerate(zip(starts, lengths, strict=False)) if n]
+
+
+def batch(x, span):
+    """`[1, H, n, D]` of one sequence of `x [T, H, D]`."""
+    return x[span].transpose(0, 1)[None]
+
+
+def test_probe_rows(on_cpu):
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
+    for num_recent, num_random in ((64, 64), (3, 200), (0, 5)):
+        options = {"num_recent": num_recent, "num_random": num_random, "seed": 7}
+        found = on_cpu.probe_rows.probe_rows(250, **options, cu_seqlens=bounds)
+        assert torch.equal(found, zipvl_reference.probe_rows(250, **options, cu_seqlens=bounds))
+        assert torch.equal(on_cpu.probe_rows.probe_rows(250, **options), zipvl_reference.probe_rows(250, **options))
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.8}, {"keep_ratio": 0.4, "keep_first": 3}], ids=str)
+def test_select_tokens(on_cpu, options):
+    random = torch.Generator().manual_seed(1)
+    bounds, T = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32), sum(LENGTHS)
+    scores = torch.randn(2, 2, T, generator=random).mul(2).exp().transpose(0, 1)
+    where = {"cu_seqlens": bounds, "max_seqlen": 200}  # the longest one is cut
+    given = {"tau": None, "keep_ratio": None, "keep_first": 0, "keep_recent": 1, **options}
+    padding = {"leftpad_k": None, "seqused_k": None}
+    indices, counts = on_cpu.select_tokens.launch(scores[0], scores[1], **given, **padding, **where, threads=64)
+    wanted = zipvl_reference.select_tokens(scores[0], scores[1], **options, **where)
+    assert torch.equal(counts, wanted[1])
+    for _, span in spans(LENGTHS):
+        used = slice(span.start, min(span.stop, span.start + 200))
+        assert torch.equal(indices[:, used], wanted[0][:, used])
+
+
+@pytest.mark.parametrize(
+    ("Hq", "Hkv", "pool", "shares"),
+    [(4, 2, "layer", None), (6, 2, "layer", (2, 2, 3)), (2, 2, "kv_head", (1, 2, 1))],
+    ids=str,
+)
+def test_score_tokens(on_cpu, Hq, Hkv, pool, shares):
+    q, k, _, bounds = packed(LENGTHS, Hq, Hkv)
+    rows = zipvl_reference.probe_rows(max(LENGTHS), num_recent=20, num_random=120, cu_seqlens=bounds)
+    launch = functools.partial(on_cpu.score_tokens.launch, scale=None, q_start=None, leftpad_k=None, seqused_k=None)
+    many = launch(q, k, rows, pool=pool, shares=shares, cu_seqlens=bounds, max_seqlen=max(LENGTHS))
+    for b, span in spans(LENGTHS):
+        alone = launch(batch(q, span), batch(k, span), rows[b], pool=pool, shares=shares)
+        wanted = zipvl_reference.score_tokens(batch(q, span).float(), batch(k, span).float(), rows[b], pool=pool)
+        for name, x, y, z in zip(("accumulated", "normalized"), many, alone, wanted, strict=True):
+            assert_same_bits(f"{name} of sequence {b}", x[:, span], y[0])
+            torch.testing.assert_close(y, z, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("Hq", "Hkv", "G"), [(2, 1, 1), (4, 2, 2)])
+def test_sparse_attention(on_cpu, Hq, Hkv, G):
+    q, k, v, bounds = packed(LENGTHS, Hq, Hkv)
+    indices = torch.full((G, len(q)), 99, dtype=torch.int32)
+    counts = torch.zeros(len(LENGTHS), G, dtype=torch.int32)
+    for b, span in spans(LENGTHS):
+        for g in range(G):
+            kept = torch.arange(g % 2, LENGTHS[b], 2, dtype=torch.int32)
+            indices[g, span.start : span.start + len(kept)], counts[b, g] = kept, len(kept)
+    where = {"cu_seqlens": bounds, "max_seqlen": max(LENGTHS)}
+    many = on_cpu.sparse_attention.sparse_attention(q, k, v, indices, counts, kv_compacted=True, **where)
+    assert many.is_contiguous()
+    for b, span in spans(LENGTHS):
+        x, set_of = [batch(x, span) for x in (q, k, v)], (indices[None, :, span], counts[b : b + 1])
+        alone = on_cpu.sparse_attention.sparse_attention(*x, *set_of, kv_compacted=True)
+        wanted = zipvl_reference.sparse_attention(*(x.float() for x in x), *set_of, kv_compacted=True)
+        assert_same_bits(f"sequence {b}", batch(many, span), alone)
+        torch.testing.assert_close(alone.float(), wanted, rtol=5e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("pool", ["layer", "kv_head"])
+def test_zipvl_prefill(on_cpu, pool):
+    q, k, v, bounds = packed(LENGTHS, 4, 2)
+    options = {**OPTIONS, "tau": 0.7, "num_recent": 20, "num_random": 20, "pool": pool}
+    many_k, many_v, where = k.clone(), v.clone(), {"cu_seqlens": bounds, "max_seqlen": max(LENGTHS)}
+    out, indices, counts = on_cpu.zipvl_prefill.zipvl_prefill_(q, many_k, many_v, **options, **where)
+    for b, span in spans(LENGTHS):
+        alone_q, alone_k, alone_v = (batch(x, span).clone() for x in (q, k, v))
+        alone = on_cpu.zipvl_prefill.zipvl_prefill_(alone_q, alone_k, alone_v, **options)
+        assert torch.equal(counts[b], alone[2][0])
+        assert torch.equal(indices[:, span], alone[1][0])
+        assert_same_bits(f"out of sequence {b}", batch(out, span), alone[0])
+        for h, n in enumerate(counts[b].expand(2).tolist()):
+            for name, x, y in (("k", many_k, alone_k), ("v", many_v, alone_v)):
+                assert_same_bits(f"kept {name} of sequence {b}", x[span][:n, h], y[0, h, :n])
+                assert torch.equal(
+                    y[0, h, :n], {"k": k, "v": v}[name][span][indices[h % len(indices), span][:n].long(), h]
+                )
