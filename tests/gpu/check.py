@@ -32,6 +32,7 @@ SHARDS = [
     ("test_sanitizer.py", "racecheck or script"),
     ("test_sanitizer.py", "memcheck and scores"),
     ("test_sanitizer.py", "memcheck and attention"),
+    ("test_sanitizer.py", "memcheck and packed"),
     *(
         ("test_contract.py", f"{operator} and {dtype}")
         for operator in reversed(OPERATORS)
