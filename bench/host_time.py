@@ -40,9 +40,13 @@ def calls() -> Calls:
     table = torch.randperm(N // 16, device="cuda").int()[None]
     lists = [[x.clone() for _ in range(LAYERS)] for x in (k, v, indices, counts)]
     many = [[x.clone() for _ in range(LAYERS)] for x in (*pools, indices, counts)]
+    rows_of_all = [x[0].transpose(0, 1) for x in (q, k, v)]
+    bounds = torch.tensor([0, N // 3, N], dtype=torch.int32, device="cuda")
+    packed = {"keep_ratio": 0.367, "cu_seqlens": bounds, "max_seqlen": N}
     # In place, again and again: what is compacted holds other tokens each time, which changes nothing on the host.
     return {
         "zipvl_prefill_": lambda: zk.zipvl_prefill_(q, k, v, keep_ratio=0.367),
+        "zipvl_prefill_ of packed sequences": lambda: zk.zipvl_prefill_(*rows_of_all, **packed),
         "probe_rows": lambda: zk.probe_rows(N, device=q.device),
         "score_tokens": lambda: zk.score_tokens(q, k, rows),
         "select_tokens": lambda: zk.select_tokens(*scores, tau=0.975),

@@ -122,7 +122,7 @@ def prepared(
     share = tau if keep_ratio is None else keep_ratio
     firsts = min(keep_first, N), min(keep_recent, N)
     numbers = _NUMBERS.pack(*accumulated_stride, *normalized_stride, share, G, N, *firsts, B, T)
-    held = HELD if N <= HELD * threads * blocks else 0
+    held = 0 if N > HELD * threads * blocks else HELD
     kernel = _kernel(device, threads, blocks, held, keep_ratio is not None, packed is not None)
     return common.Launch(kernel, device, B * G * blocks, threads, _ADDRESSES, numbers)
 

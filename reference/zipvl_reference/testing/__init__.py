@@ -10,6 +10,7 @@ operator less `backend` (use `functools.partial` to fix one). Common to all of t
 - `device`, `dtype`: of the tensors handed to `fn`.
 - `max_examples`: how many examples are drawn. `derandomize=True` draws the same ones at every run.
 - `head_dims`, `max_tokens`, where there: the head dims to draw from and the longest sequence.
+- `same_bits`, of packed sequences: whether floats are compared bit for bit with each sequence alone; not for what pads.
 - `block_sizes`, where there: the rows of a page to draw from.
 
 Index outputs and moved rows have to be exact. Float outputs may be off by twice the error of the plain PyTorch
