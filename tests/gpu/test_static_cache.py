@@ -4,7 +4,7 @@ import torch
 from cases import DEVICE, needs_gpu
 from test_compiled_decode import GREEDY, SPARSE, assert_same_cache, graphs_and_breaks, ragged, static
 from tiny_models import inputs_for, tiny
-from zipvl_adapters import ZipVLPolicy
+from zipvl_adapters import ZipVLPolicy, ZipVLStaticCache, enable
 
 
 @needs_gpu
@@ -23,3 +23,28 @@ def test_generate_records_cuda_graphs():
         assert_same_cache(ours, theirs, atol=1e-3)  # of keys of about 2: generated code sums in another order
     assert graphs_and_breaks() == (1, 0)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+@needs_gpu
+def test_a_step_never_waits_for_the_device():
+    """An eager one, reselection included."""
+    kind = tiny("llama")
+    kind.model.to(DEVICE)
+    enable(kind.model)
+    cache = ZipVLStaticCache(ZipVLPolicy(**SPARSE, recompress_interval=2), config=kind.model.config, max_new_tokens=13)
+    between = cache.generate_arguments()["stopping_criteria"]
+    ids = inputs_for(kind, (40,))["input_ids"].to(DEVICE)
+
+    def steps(n):
+        for _ in range(n):
+            between(ids[:, :1], None)
+            kind.model(ids[:, :1], past_key_values=cache)
+
+    with torch.no_grad():
+        kind.model(ids, past_key_values=cache)
+        steps(4)  # compiles kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps(4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
