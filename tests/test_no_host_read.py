@@ -33,7 +33,7 @@ def tensors(device="cpu", seed=0):
 
 
 def of_packed(package, q, k, v, leftpad):
-    """Two sequences in 70 rows of the first head's, of which the second starts at a row that the device knows."""
+    """Packed, the rows of both sequences one after the other, are two others, whose ends the device knows alone."""
     where = {"cu_seqlens": torch.nn.functional.pad(leftpad + 30, (1, 0)), "max_seqlen": 35}
     q, k, v = (x.transpose(0, 1).flatten(1, 2).transpose(0, 1) for x in (q, k, v))
     rows = package.probe_rows(35, num_recent=4, num_random=4, cu_seqlens=where["cu_seqlens"])

@@ -30,9 +30,11 @@ SHARDS = [
     ("test_layers.py", "pages"),
     ("test_pages.py", "compaction"),
     ("test_pages.py", "not compaction"),
+    *(("test_packed.py", part) for part in ("contract and auto", "contract and not auto", "not contract")),
     ("test_sanitizer.py", "racecheck or script"),
     ("test_sanitizer.py", "memcheck and scores"),
     ("test_sanitizer.py", "memcheck and attention"),
+    ("test_sanitizer.py", "memcheck and packed"),
     *(
         ("test_contract.py", f"{operator} and {dtype}")
         for operator in reversed(OPERATORS)
