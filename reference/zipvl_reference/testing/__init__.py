@@ -27,9 +27,9 @@ from zipvl_reference.testing.packed import (
     check_packed_zipvl_prefill,
 )
 from zipvl_reference.testing.probe_rows import check_probe_rows
-from zipvl_reference.testing.score_tokens import check_score_tokens
+from zipvl_reference.testing.score_tokens import check_paged_score_tokens, check_score_tokens
 from zipvl_reference.testing.select_tokens import check_select_tokens
-from zipvl_reference.testing.sparse_attention import check_sparse_attention
+from zipvl_reference.testing.sparse_attention import check_paged_sparse_attention, check_sparse_attention
 from zipvl_reference.testing.zipvl_prefill import check_zipvl_prefill
 
 __all__ = [
@@ -45,6 +45,8 @@ __all__ = [
     "check_packed_sparse_attention",
     "check_packed_zipvl_prefill",
     "check_paged_decode_attention",
+    "check_paged_score_tokens",
+    "check_paged_sparse_attention",
     "check_probe_rows",
     "check_score_tokens",
     "check_select_tokens",
