@@ -122,7 +122,7 @@ def prepared(
     share = tau if keep_ratio is None else keep_ratio
     firsts = min(keep_first, N), min(keep_recent, N)
     numbers = _NUMBERS.pack(*accumulated_stride, *normalized_stride, share, G, N, *firsts, B, T)
-    held = 0 if N > HELD * threads * blocks else HELD
+    held = 0 if HELD * threads * blocks < N else HELD
     kernel = _kernel(device, threads, blocks, held, keep_ratio is not None, packed is not None)
     return common.Launch(kernel, device, B * G * blocks, threads, _ADDRESSES, numbers)
 
