@@ -81,7 +81,7 @@ class ZipVLStaticLayer(ZipVLLayer):
         # index_put_, since compiled code does that in place; a scatter_ it would do on a copy of the whole cache.
         at = self.lens.long()  # [B, G]
         (B, G), heads = at.shape, k.shape[1]
-        b, g, h = (torch.arange(n, device=k.device) for n in (B, G, heads))
+        b, g, h = [torch.arange(n, device=k.device) for n in (B, G, heads)]
         self.keys.index_put_((b[:, None], h, at), k[:, :, 0])  # G is 1 or the number of heads
         self.values.index_put_((b[:, None], h, at), v[:, :, 0])
         self.positions.index_put_((b[:, None], g, at), (self.seen - 1).to(torch.int32))
