@@ -104,6 +104,8 @@ def compact_kv_(fn, dtype, D):
     _, k, v = qkv(dtype, D)
     yield "", lambda: fn(k, v, ints(1, 1, 2880), ints(1, 1))
     yield "from a start", lambda: fn(k, v, ints(1, 1, 2880), ints(1, 1), dst_start=ints(1))
+    rows = k[0].transpose(0, 1), v[0].transpose(0, 1)
+    yield "packed", lambda: fn(*rows, ints(1, 2880), ints(3, 1), cu_seqlens=ints(4), max_seqlen=2880)
 
 
 def pools(dtype, D, page, layout="NHD", Hkv=4):

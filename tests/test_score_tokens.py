@@ -165,7 +165,6 @@ def plan():
 def test_hopper_shares_cover_all_and_fit(plan, Hq, G, P, N):
     row_tiles, column_tiles, parts = plan.plan(N, P, Hq, G)
     tiles, blocks, heads = -(-N // 128), -(-P // 128), Hq // G
-    assert plan.plan(128 * tiles, P, Hq, G) == (row_tiles, column_tiles, parts)  # packed sequences look it up by tiles
     assert 1 <= row_tiles <= tiles
     assert 1 <= column_tiles <= plan.MAX_SPAN
     assert 1 <= parts <= heads
@@ -173,6 +172,15 @@ def test_hopper_shares_cover_all_and_fit(plan, Hq, G, P, N):
     if N >= 2880 and G == 1 and heads * blocks <= 160 and P * Hq <= 5120:
         splits = -(-tiles // row_tiles)
         assert 8 + 4 * max(0, parts - 2) + 4 * Hq * P * splits / N <= 64  # bytes a token
+
+
+@pytest.mark.parametrize("P", [1, 100, 128, 240, 512])
+@pytest.mark.parametrize(("Hq", "G"), [(1, 1), (4, 1), (28, 1), (28, 4), (40, 1), (40, 40), (80, 1)])
+def test_a_packed_sequence_is_shared_out_as_alone(plan, Hq, G, P):
+    """Looked up by its tiles, with the probes that a sequence of so many rows has."""
+    looked_up = plan._plans(300, P, Hq, G, None)
+    for rows in (1, 2, 99, 127, 128, 129, 250, 256, 300, 500, 513, 2880, 8191, 8193, 300 * 128):
+        assert looked_up[-(-rows // 128)] == plan.plan(rows, min(P, rows), Hq, G)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

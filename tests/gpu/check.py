@@ -26,6 +26,9 @@ COUNTS = ("tests", "failures", "errors", "skipped")
 # What runs in a process of its own: a file, and the part of it.
 SHARDS = [
     ("test_large.py", ""),
+    ("test_engine.py", ""),
+    ("test_layers.py", "not pages"),
+    ("test_layers.py", "pages"),
     ("test_pages.py", "compaction"),
     ("test_pages.py", "scores and not sparse"),
     ("test_pages.py", "sparse and not scores"),
@@ -35,6 +38,7 @@ SHARDS = [
     ("test_sanitizer.py", "racecheck or script"),
     ("test_sanitizer.py", "memcheck and scores"),
     ("test_sanitizer.py", "memcheck and attention"),
+    ("test_sanitizer.py", "memcheck and packed"),
     *(
         ("test_contract.py", f"{operator} and {dtype}")
         for operator in reversed(OPERATORS)

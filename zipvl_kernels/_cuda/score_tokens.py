@@ -19,6 +19,7 @@ HEAD_DIMS = (64, 128)
 MAX_PROBES = 512
 MAX_ITEMS = 32  # tiles of probes, over the heads of a block
 MAX_SPAN = 16  # tiles of columns of a block
+LISTED = 1024  # tiles of a packed sequence for which shares are worked out at once
 AT_ONCE = 132  # blocks that run at a time, one a multiprocessor of an H100 or H200
 # Scratch of a column stays at 56 bytes, where that leaves enough blocks: the log-sum-exps of all probes, heads and
 # splits; and 4 for every part of a group's heads, less those for which the outputs serve.
@@ -155,7 +156,9 @@ def prepared(
     lengths, given, places = 0, (0, 0), [0, 0, 0, 0]
     if packed:
         q_stride, given, tiles = (0, *q_stride[1:]), packed, -(-packed[1] // TILE)
-        lengths = _shares(device, 1 << (tiles - 1).bit_length(), P, Hq, G, shares).data_ptr()
+        # Few tables, since the first call with each copies it to the device; small ones go with few probes.
+        listed = tiles if tiles * TILE <= MAX_PROBES else max(LISTED, 1 << (tiles - 1).bit_length())
+        lengths = _shares(device, listed, P, Hq, G, shares).data_ptr()
         row_tiles, column_tiles, parts, in_rows, in_columns = _places(tiles, P, Hq, G, shares)
         (splits, *row_places), (spans, *column_places) = (fewest(x, N, packed[0]) for x in (in_rows, in_columns))
         blocks = Hq * -(-P // TILE) * splits, G * spans
@@ -194,11 +197,12 @@ def prepared(
 def plan(N: int, P: int, Hq: int, G: int) -> tuple[int, int, int]:
     """Tiles of columns of a block in each launch, and parts of a group's heads: the fewest steps until all are done.
 
-    Of the shape of one sequence alone, so that its bits do not depend on the batch. Of `N` its number of tiles counts,
-    so that packed sequences can look it up. A step is two tiles.
+    Of the shape of one sequence alone, so that its bits do not depend on the batch. Of `N`, and of `P` beyond a tile,
+    the number of tiles counts, so that packed sequences can look it up. A step is two tiles.
     """
     tiles, blocks, heads = -(-N // TILE), -(-P // TILE), Hq // G
-    most_splits = max(1, min(MAX_SPLITS, ROW_BYTES * tiles * TILE // (4 * Hq * P)))
+    probes = P if blocks == 1 else blocks * TILE
+    most_splits = max(1, min(MAX_SPLITS, ROW_BYTES * tiles * TILE // (4 * Hq * probes)))
     row_tiles = {-(-tiles // splits) for splits in range(1, most_splits + 1)}
 
     def row_steps(row_tiles: int) -> float:
@@ -210,16 +214,26 @@ def plan(N: int, P: int, Hq: int, G: int) -> tuple[int, int, int]:
         rounds = -(-G * parts * -(-tiles // column_tiles) // AT_ONCE)
         return rounds * (4 + -(-heads // parts) * blocks * (column_tiles / 2 + 0.3))
 
-    least = -(-heads // (MAX_ITEMS // blocks))
+    least = _least_parts(P, heads)
     parts = range(least, min(heads, max(least, MAX_PARTS)) + 1)
     shares = [(t, part) for part in parts for t in range(2, MAX_SPAN + 1, 2)]
     return min(sorted(row_tiles), key=row_steps), *min(shares, key=column_steps)
 
 
+def _least_parts(P: int, heads: int) -> int:
+    return -(-heads // (MAX_ITEMS // -(-P // TILE)))
+
+
 @cache
 def _plans(tiles: int, P: int, Hq: int, G: int, shares: tuple[int, int, int] | None) -> list[tuple[int, int, int]]:
-    """What `plan` says of a sequence of so many tiles, or fewer; of none as of one."""
-    return [shares or plan(max(t, 1) * TILE, P, Hq, G) for t in range(tiles + 1)]
+    """What `plan` says of a sequence of so many tiles, or fewer, with the probes that it has alone."""
+    least = _least_parts(P, Hq // G)  # for all probes, which are there, though not valid
+
+    def of(rows: int) -> tuple[int, int, int]:
+        row_tiles, column_tiles, parts = plan(rows, min(P, rows), Hq, G)
+        return row_tiles, column_tiles, max(parts, least)
+
+    return [shares or of(max(t, 1) * TILE) for t in range(tiles + 1)]
 
 
 @cache  # for good: launches hold its address

@@ -10,6 +10,7 @@ operator less `backend` (use `functools.partial` to fix one). Common to all of t
 - `device`, `dtype`: of the tensors handed to `fn`.
 - `max_examples`: how many examples are drawn. `derandomize=True` draws the same ones at every run.
 - `head_dims`, `max_tokens`, where there: the head dims to draw from and the longest sequence.
+- `same_bits`, of packed sequences: whether floats are compared bit for bit with each sequence alone; not for what pads.
 - `block_sizes`, where there: the rows of a page to draw from.
 
 Index outputs and moved rows have to be exact. Float outputs may be off by twice the error of the plain PyTorch
@@ -17,7 +18,7 @@ computation in the same dtype, plus what one rounding can change; see `zipvl_ref
 """
 
 from zipvl_reference.testing.compact_kv import check_compact_kv, check_compact_kv_of_layers, check_packed_compact_kv
-from zipvl_reference.testing.compact_paged_kv import check_compact_paged_kv
+from zipvl_reference.testing.compact_paged_kv import check_compact_paged_kv, check_compact_paged_kv_of_layers
 from zipvl_reference.testing.decode_attention import check_decode_attention, check_paged_decode_attention
 from zipvl_reference.testing.packed import (
     check_packed_probe_rows,
@@ -36,6 +37,7 @@ __all__ = [
     "check_compact_kv",
     "check_compact_kv_of_layers",
     "check_compact_paged_kv",
+    "check_compact_paged_kv_of_layers",
     "check_decode_attention",
     "check_packed_compact_kv",
     "check_packed_probe_rows",
