@@ -20,13 +20,15 @@ class ZipVLStaticLayer(ZipVLLayer):
     """A `ZipVLLayer` that grows during the prefill and, once `freeze` has been called, changes in place alone.
 
     Frozen: keys, values `[B, Hkv, capacity, D]`; `lens` and `anchor` int32 `[B, G]`, `positions` int32
-    `[B, G, capacity]` and `seen` int64 `[]` keep their addresses, and nothing on the host changes from step to step.
+    `[B, G, capacity]` and `seen` int64 `[]`, one for all layers of a device, keep their addresses, and nothing on the
+    host changes from step to step.
     """
 
     is_compileable = True
     is_croppable = False
 
     seen: Any
+    counts: bool  # of the layers that share `seen`, the one that adds to it: a kernel less for each of the others
     query: Any  # [B, Hq, 1, D], of the newest row: what is reselected is scored from it
 
     def reset(self) -> None:
@@ -41,13 +43,16 @@ class ZipVLStaticLayer(ZipVLLayer):
         """Tokens came before."""
         return not self.is_empty
 
-    def freeze(self, capacity: int) -> None:
-        """Takes on its fixed size. Reads nothing on the host."""
+    def freeze(self, capacity: int, shared: dict[torch.device, Tensor]) -> None:
+        """Takes on its fixed size, and shares `seen` with the layers before it. Reads nothing on the host."""
         spare = capacity - self.keys.shape[2]
         self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, spare)) for x in (self.keys, self.values))
         self.positions = nn.functional.pad(self.positions, (0, spare))
         self.lens, self.anchor = self.lens.clone(), self.lens.clone()
-        self.seen = torch.full((), self.seen, device=self.keys.device)
+        self.counts = self.keys.device not in shared
+        if self.counts:
+            shared[self.keys.device] = torch.full((), self.seen, device=self.keys.device)
+        self.seen = shared[self.keys.device]
         for x in (self.keys, self.values, self.positions, self.lens, self.anchor, self.seen, self.query):
             torch._dynamo.mark_static_address(x)  # type: ignore[no-untyped-call]
         self.is_frozen = True
@@ -58,7 +63,8 @@ class ZipVLStaticLayer(ZipVLLayer):
             super().begin(module, n)
         else:
             self.pending = False
-            self.seen.add_(n)
+            if self.counts:
+                self.seen.add_(n)
 
     def note(self, step: Step, *args: Any, **kwargs: Any) -> None:
         """Keeps for `stats` what a prefill sees and keeps; the query's buffer and its scale come with it."""
@@ -75,7 +81,7 @@ class ZipVLStaticLayer(ZipVLLayer):
         # index_put_, since compiled code does that in place; a scatter_ it would do on a copy of the whole cache.
         at = self.lens.long()  # [B, G]
         (B, G), heads = at.shape, k.shape[1]
-        b, g, h = (torch.arange(n, device=k.device) for n in (B, G, heads))
+        b, g, h = [torch.arange(n, device=k.device) for n in (B, G, heads)]
         self.keys.index_put_((b[:, None], h, at), k[:, :, 0])  # G is 1 or the number of heads
         self.values.index_put_((b[:, None], h, at), v[:, :, 0])
         self.positions.index_put_((b[:, None], g, at), (self.seen - 1).to(torch.int32))
@@ -173,8 +179,9 @@ class ZipVLStaticCache(ZipVLCache):
                 "attention_mask: a ZipVLStaticCache takes padding masks without holes; use a ZipVLCache for others"
             )
         most = max(layer.used for layer in self.layers) + self.max_new_tokens
+        shared: dict[torch.device, Tensor] = {}
         for layer in self.layers:
-            layer.freeze(-(-most // ROUND) * ROUND)
+            layer.freeze(-(-most // ROUND) * ROUND, shared)
 
 
 class _BetweenSteps(StoppingCriteria):

@@ -202,10 +202,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) row_sums(const __grid_c
 
     // Query heads that read the same keys side by side, so that the keys come from L2 for all but one.
     int blocks = (p.P + TILE - 1) / TILE, Hkv = p.Hq / p.shared, t = blockIdx.x;
-    int block = t % blocks, kv = t / blocks / p.shared / p.splits % Hkv, head = kv * p.shared + t / blocks % p.shared;
-    int place = t / blocks / p.shared % p.splits, b = t / blocks / p.splits / p.Hq, split = place;
+    int block = t % blocks, place = t / blocks / p.shared, kv = place / p.splits % Hkv, b = place / p.splits / Hkv;
+    int split = PACKED ? place / Hkv : place % p.splits;
     Sequence x = sequence_of(p, b, p.in_rows, split);
-    if (PACKED && (split < 0 || split >= x.splits)) return;
+    if (PACKED) {  // splits of a head side by side, and heads of a sequence, as alone
+        if (split < 0 || x.splits == 0) return;
+        place = split * Hkv + place % Hkv, kv = place / x.splits, split = place % x.splits;
+        if (kv >= Hkv) return;
+    }
+    int head = kv * p.shared + t / blocks % p.shared;
     int last = prepare(p, sh, x, block * TILE, TILE);
     int begin = max(split * x.split, first_column(p, x.b)), end = min((split + 1) * x.split, last + 1);
 
@@ -242,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) row_sums(const __grid_c
         float all = sum[h] * exp2_fast(above[h] - both) + sh.less[1][r + 8 * h] * exp2_fast(other - both);
         int probe = block * TILE + r + 8 * h;
         if (probe < p.P)
-            p.lse[((i64)(b * p.Hq + head) * p.splits + place) * p.P + probe] = all > 0 ? both + log2f(all) : -infinity();
+            p.lse[((i64)(b * p.Hq + head) * p.splits + x.lse + split) * p.P + probe] = all > 0 ? both + log2f(all) : -infinity();
     }
 }
 
