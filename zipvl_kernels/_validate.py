@@ -1,7 +1,7 @@
 """Checks of arguments: each raises TypeError or ValueError that names the argument, what was expected and what came."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,18 +190,27 @@ def paged_selection(indices: Tensor, counts: Tensor, B: int, Hkv: int, device: t
     return G
 
 
-def layers(**given: Any) -> tuple[list[Tensor], ...]:
-    """One tensor for each of as many layers in each of `given`; alike in shape, strides, dtype and device."""
+def layers(shared: Mapping[str, Any] | None = None, **given: Any) -> tuple[list[Tensor], ...]:
+    """One tensor for each of as many layers in each of `given`; alike in shape, strides, dtype and device.
+
+    A tensor in `shared` stands for one of every layer.
+    """
     (first, some), *_ = given.items()
+    for name, x in (shared or {}).items():
+        given[name] = [x] * len(some) if isinstance(x, Tensor) and isinstance(some, Sequence) else x
     for name, tensors in given.items():
         if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-            raise TypeError(f"{name}: expected a sequence of tensors like {first}, got {type(tensors).__name__}")
+            raise TypeError(f"{name}: expected a sequence of tensors like {first}, got {_type(tensors)}")
         if len(tensors) != len(some) or not tensors:
             raise ValueError(f"{name}: expected a tensor of each layer, as many as {first} has, got {len(tensors)}")
+        _tensor(f"{name}[0]", tensors[0])
+        like = tensors[0]
+        wanted = like.shape, like.stride(), like.dtype, like.device
         for i, x in enumerate(tensors):
+            if x is like:
+                continue
             _tensor(f"{name}[{i}]", x)
-            like = tensors[0]
-            if (x.shape, x.stride(), x.dtype, x.device) != (like.shape, like.stride(), like.dtype, like.device):
+            if (x.shape, x.stride(), x.dtype, x.device) != wanted:
                 raise ValueError(
                     f"{name}[{i}]: expected shape, strides, dtype and device of {name}[0], {_shape(like)}, "
                     f"{like.stride()}, {like.dtype} and {like.device}, got {_shape(x)}, {x.stride()}, {x.dtype} "

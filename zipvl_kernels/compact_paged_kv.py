@@ -63,10 +63,9 @@ def compact_paged_kv_(
             k_cache, v_cache, indices, counts, block_table, seqused_k, layout, first_writable, backend
         )
         return found
-    own = _validate.layers(k_cache=k_cache, v_cache=v_cache, indices=indices, counts=counts)
-    tables, used = ([x] * len(own[0]) if isinstance(x, Tensor) else x for x in (block_table, seqused_k))
-    layers = (*own, *_validate.layers(k_cache=own[0], block_table=tables, seqused_k=used)[1:])
-    _validate.own_memory_of_layers("_cache", k=own[0], v=own[1])
+    shared = {"block_table": block_table, "seqused_k": seqused_k}
+    layers = _validate.layers(shared, k_cache=k_cache, v_cache=v_cache, indices=indices, counts=counts)
+    _validate.own_memory_of_layers("_cache", k=layers[0], v=layers[1])
     _check(*(x[0] for x in layers), layout=layout, first_writable=first_writable)
     found = _compact_paged_kv_layers_(*layers, layout, first_writable, backend)
     return found
