@@ -106,3 +106,23 @@ def test_garbage_never_writes_elsewhere(kernels, seed):
     rest = {"indices": garbage(3, 2, 14, sane=12), "counts": sizes, "block_table": garbage(3, 3, sane=13)}
     rest |= {"seqused_k": garbage(3, 2, sane=13), "first_writable": garbage(3, sane=5)}
     unchanged(partial(kernels[1], **rest), 25, 4, 2, 8)
+
+
+def test_sequences_that_overlap_use_no_more_counters(kernels, on_cpu, monkeypatch):  # noqa: F811
+    """Counters are as many as sequences one after the other need; what lies behind them stays as it is."""
+    given, B, T = [], 30, 100  # 4 tiles
+
+    def tickets(device, count):
+        given.append(torch.zeros(count + 4000, dtype=torch.int32))
+        given[-1][count:] = 77
+        return given[-1]
+
+    monkeypatch.setattr(on_cpu.compact_kv, "tickets", tickets)
+    k = torch.randn(T, 2, 8)
+    indices, counts = torch.arange(T, dtype=torch.int32)[None], torch.full((B, 1), T, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, T] * (B // 2) + [0], dtype=torch.int32)
+    kernels[0](k, k.clone(), indices, counts, cu_seqlens=cu_seqlens, max_seqlen=T)
+    counters, rest = given[0].tensor_split([2 + 2 * 2 * (B + 4)])
+    assert not counters.any()
+    assert (rest == 77).all()
+    assert len(rest) == 4000

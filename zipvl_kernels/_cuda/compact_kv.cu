@@ -26,6 +26,7 @@ struct Parameters {
     long long k_b, k_h, k_n, v_b, v_h, v_n;                         // strides in bytes
     long long indices_b, indices_g, indices_n, counts_b, counts_g;  // strides in numbers
     int B, Hkv, G, N, longest, layer_count;
+    unsigned most;  // tickets
 
     __device__ int first_row(int b) const { return cu_seqlens ? min(max(cu_seqlens[b], 0), N) : 0; }
 
@@ -46,7 +47,7 @@ struct Parameters {
     }
 };
 
-static_assert(sizeof(Parameters) == 32 * LAYERS + 136, "as compact_kv.py packs them");
+static_assert(sizeof(Parameters) == 32 * LAYERS + 144, "as compact_kv.py packs them");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) compact_kv(const __grid_constant__ Parameters p) {
     after_previous_kernel();

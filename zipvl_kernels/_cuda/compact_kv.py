@@ -11,7 +11,7 @@ from zipvl_kernels._cuda.moving import MOST_LAYERS, Config, Layers
 from zipvl_kernels._tickets import tickets
 
 _ADDRESSES, _MANY_ADDRESSES = struct.Struct("=7Q"), struct.Struct(f"={4 * MOST_LAYERS + 3}Q")
-_NUMBERS = struct.Struct("=11q6i")
+_NUMBERS = struct.Struct("=11q6iI4x")
 
 
 def compact_kv_(
@@ -95,15 +95,19 @@ def prepared(
     """All of a launch but its addresses, and how many counters it takes.
 
     `shape` and strides are those of a batch `[B, Hkv, N, D]`, or as `packed` gives them; `longest` is how many rows a
-    sequence has at most, `N` by default; `layers` how many are listed, 0 for one by itself.
+    packed sequence has at most, else None; `layers` how many are listed, 0 for one by itself.
     """
     (B, Hkv, N, D), listed, many = shape, max(1, layers), layers > 0
-    longest = N if longest is None else min(longest, N)
     strides = [size * x for x in (*k_stride[:3], *v_stride[:3])]  # in bytes
     row = moving.Row.of(D * size, misaligned, strides, 2 * shape[:3], config.threads)
     kernel = moving.kernel("compact_kv", device, row, MOST_LAYERS if many else 1, config)
-    most = listed * 2 * row.pieces * B * Hkv * row.tiles(longest, config)  # tickets, whatever the sets hold
+    if longest is None:
+        longest, tiles = N, B * row.tiles(N, config)
+    else:  # of packed sequences, each has one at most that is not full
+        longest = min(longest, N)
+        tiles = min(B * row.tiles(longest, config), B + row.tiles(N, config))
+    most = listed * 2 * row.pieces * Hkv * tiles
     blocks = max(1, min(most, config.blocks_per_sm * common.multiprocessors(device)))
-    numbers = _NUMBERS.pack(*strides, *indices_stride, *counts_stride, B, Hkv, G, N, longest, listed)
+    numbers = _NUMBERS.pack(*strides, *indices_stride, *counts_stride, B, Hkv, G, N, longest, listed, most)
     addresses = _MANY_ADDRESSES if many else _ADDRESSES
     return common.Launch(kernel, device, blocks, config.threads, addresses, numbers), 2 + most

@@ -40,6 +40,7 @@ struct Parameters {
     long long k_p, k_h, k_n, v_p, v_h, v_n;  // strides in bytes
     long long indices_b, indices_g, indices_n, counts_b, counts_g, table_b, table_n, used_b, used_g;  // and in numbers
     int B, Hkv, G, W, capacity, num_blocks, layer_count;
+    unsigned most;  // tickets
 
     // Rows that are used: no more than there can be, whatever the arguments say.
     __device__ int used(const Layer& layer, int b, int g) const {

@@ -12,7 +12,7 @@ from zipvl_kernels._cuda.moving import MOST_LAYERS, Config, Layers
 from zipvl_kernels._tickets import tickets
 
 _ADDRESSES, _MANY_ADDRESSES = struct.Struct("=10Q"), struct.Struct(f"={6 * MOST_LAYERS + 4}Q")
-_NUMBERS = struct.Struct("=15q7i4x")
+_NUMBERS = struct.Struct("=15q7iI")
 
 
 def compact_paged_kv_(
@@ -118,6 +118,6 @@ def prepared(
     most = listed * 2 * row.pieces * B * Hkv * row.tiles(min(W, capacity), config)  # tickets, whatever there is to move
     blocks = max(1, min(most, config.blocks_per_sm * common.multiprocessors(device)))
     strides += [*indices_stride, *counts_stride, *table_stride, *used_stride]
-    numbers = _NUMBERS.pack(*strides, B, Hkv, G, W, capacity, num_blocks, listed)
+    numbers = _NUMBERS.pack(*strides, B, Hkv, G, W, capacity, num_blocks, listed, most)
     addresses = _MANY_ADDRESSES if layers else _ADDRESSES
     return common.Launch(kernel, device, blocks, config.threads, addresses, numbers), 2 + most

@@ -103,7 +103,8 @@ template <class Parameters> struct Tickets {
         __syncthreads();
     }
 
-    __device__ unsigned count() const { return firsts[THREADS]; }
+    // As many as there are counters for: more there are only if packed sequences overlap, which they may not.
+    __device__ unsigned count() const { return min(firsts[THREADS], p.most); }
 
     // The set of a ticket, and that set's first ticket. All threads of a warp.
     __device__ unsigned find(unsigned ticket, unsigned& first) const {
