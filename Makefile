@@ -1,10 +1,10 @@
-# `make demo` and `make test` set everything up first: a virtual environment of their own with pinned versions.
+# `make demo`, `make serve-demo` and `make test` set everything up first: a virtual environment with pinned versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types check gpu-check compile-check clean
+.PHONY: setup demo serve-demo test lint types check gpu-check compile-check clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,9 @@ $(STAMP): requirements-dev.txt pyproject.toml
 
 demo: $(STAMP)  ## answer held-out questions dense and with ZipVL, write out/demo/
 	$(BIN)/zipvl demo
+
+serve-demo: $(STAMP)  ## serve held-out questions from one pool of pages, dense and with ZipVL, write out/serve/
+	$(BIN)/python examples/serving.py
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest

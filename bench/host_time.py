@@ -22,7 +22,7 @@ from zipvl_adapters.cli.env import commit, device_name, versions
 import zipvl_kernels as zk
 
 ROOT = Path(__file__).resolve().parents[1]
-Hq, Hkv, N, D = 28, 4, 2880, 128
+Hq, Hkv, N, D, LAYERS = 28, 4, 2880, 128, 40
 ROUNDS, CALLS = 100, 20  # the queue is emptied after each round of calls
 Calls = dict[str, Callable[[], object]]
 
@@ -38,15 +38,23 @@ def calls() -> Calls:
     used = torch.full((1,), N, dtype=torch.int32, device="cuda")
     pools = torch.randn(2, N // 16, 16, Hkv, D, device="cuda", dtype=torch.bfloat16).unbind()
     table = torch.randperm(N // 16, device="cuda").int()[None]
+    lists = [[x.clone() for _ in range(LAYERS)] for x in (k, v, indices, counts)]
+    many = [[x.clone() for _ in range(LAYERS)] for x in (*pools, indices, counts)]
+    rows_of_all = [x[0].transpose(0, 1) for x in (q, k, v)]
+    bounds = torch.tensor([0, N // 3, N], dtype=torch.int32, device="cuda")
+    packed = {"keep_ratio": 0.367, "cu_seqlens": bounds, "max_seqlen": N}
     # In place, again and again: what is compacted holds other tokens each time, which changes nothing on the host.
     return {
         "zipvl_prefill_": lambda: zk.zipvl_prefill_(q, k, v, keep_ratio=0.367),
+        "zipvl_prefill_ of packed sequences": lambda: zk.zipvl_prefill_(*rows_of_all, **packed),
         "probe_rows": lambda: zk.probe_rows(N, device=q.device),
         "score_tokens": lambda: zk.score_tokens(q, k, rows),
         "select_tokens": lambda: zk.select_tokens(*scores, tau=0.975),
         "compact_kv_": lambda: zk.compact_kv_(k, v, indices, counts),
         "sparse_attention": lambda: zk.sparse_attention(q, k, v, indices, counts, kv_compacted=True),
         "decode_attention": lambda: zk.decode_attention(q[:, :, -1:], k, v, used),
+        "compact_kv_, 40 layers": lambda: zk.compact_kv_(*lists),
+        "compact_paged_kv_, 40 layers": lambda: zk.compact_paged_kv_(*many, table, used),
         "compact_paged_kv_": lambda: zk.compact_paged_kv_(*pools, indices, counts, table, used),
         "decode_attention over pages": lambda: zk.decode_attention(q[:, :, -1:], *pools, used, block_table=table),
         "torch.empty": lambda: torch.empty(1, 1, N, dtype=torch.int32, device="cuda"),
@@ -100,7 +108,7 @@ def main() -> None:
         if args.only and operator not in args.only:
             continue
         record["microseconds"][operator] = found = microseconds(call)
-        print(f"{operator:18} {found['p50']:7.1f} µs  (20 % {found['p20']:.1f}, 80 % {found['p80']:.1f})", flush=True)
+        print(f"{operator:28} {found['p50']:7.1f} µs  (20 % {found['p20']:.1f}, 80 % {found['p80']:.1f})", flush=True)
         if args.profile:
             print_profile(call, 25)
     if not args.only:

@@ -32,6 +32,7 @@ TARGETS = {
 }
 BOUNDS = Path(__file__).with_name("compile_bounds.json")
 HEAD_DIMS = (64, 80, 96, 128, 256)
+PAGES = ((16, "NHD"), (64, "HND"))
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -79,6 +80,11 @@ def score_tokens(fn, dtype, D):
     )
     q, k, _ = qkv(dtype, D, M=32768, N=32768)
     yield "32768", lambda: fn(q, k, ints(128))
+    for page, layout in PAGES:
+        q, *_ = qkv(dtype, D, M=1024)
+        k, _ = pools(dtype, D, page, layout)
+        paged = {"seqused_k": ints(1), "block_table": ints(1, 2880 // page), "layout": layout}
+        yield f"pages of {page}", lambda x=(q, k), paged=paged: fn(*x, ints(128), **paged)
     q, k, _ = packed(dtype, D)
     yield "packed", lambda: fn(q, k, ints(8, 128), cu_seqlens=ints(9), max_seqlen=4096)
 
@@ -98,6 +104,8 @@ def compact_kv_(fn, dtype, D):
     _, k, v = qkv(dtype, D)
     yield "", lambda: fn(k, v, ints(1, 1, 2880), ints(1, 1))
     yield "from a start", lambda: fn(k, v, ints(1, 1, 2880), ints(1, 1), dst_start=ints(1))
+    rows = k[0].transpose(0, 1), v[0].transpose(0, 1)
+    yield "packed", lambda: fn(*rows, ints(1, 2880), ints(3, 1), cu_seqlens=ints(4), max_seqlen=2880)
 
 
 def pools(dtype, D, page, layout="NHD", Hkv=4):
@@ -118,6 +126,13 @@ def sparse_attention(fn, dtype, D):
     yield "compacted", lambda: fn(q, k, v, ints(1, 1, 2880), ints(1, 1), kv_compacted=True)
     yield "in place", lambda: fn(q, k, v, ints(1, 1, 2880), ints(1, 1))
     yield "a chunk", lambda: fn(q, k, v, ints(1, 1, 2880), ints(1, 1), kv_compacted=True, q_start=ints(1))
+    for page, layout in PAGES:
+        q, *_ = qkv(dtype, D, M=1024)
+        k, v = pools(dtype, D, page, layout)
+        arguments = q, k, v, ints(1, 1, 2880), ints(1, 1)
+        paged = {"seqused_k": ints(1), "block_table": ints(1, 2880 // page), "layout": layout}
+        yield f"pages of {page}", lambda x=arguments, paged=paged: fn(*x, **paged)
+        yield f"compacted pages of {page}", lambda x=arguments, paged=paged: fn(*x, kv_compacted=True, **paged)
     q, k, v = packed(dtype, D)
     sets = ints(1, 32768), ints(8, 1)
     yield "packed", lambda: fn(q, k, v, *sets, kv_compacted=True, cu_seqlens=ints(9), max_seqlen=4096)
@@ -129,7 +144,7 @@ def decode_attention(fn, dtype, D):
         yield f"batch {B}", lambda x=(q, k, v), B=B: fn(*x, ints(B), return_lse=B > 1)
     q, k, v = qkv(dtype, D, M=16, N=2880, Hq=8, Hkv=8)
     yield "16 rows", lambda x=(q, k, v): fn(*x, ints(1))
-    for page, layout in ((16, "NHD"), (64, "HND")):
+    for page, layout in PAGES:
         q, *_ = qkv(dtype, D, M=1, B=8)
         k, v = pools(dtype, D, page, layout)
         yield (

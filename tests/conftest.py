@@ -1,4 +1,4 @@
-"""Makes the helpers beside the tests importable, wherever the tests are run from; without a GPU, Triton interprets."""
+"""Makes test helpers and examples importable, wherever the tests are run from; without a GPU, Triton interprets."""
 
 import os
 import sys
@@ -8,4 +8,4 @@ import torch
 
 if not torch.cuda.is_available():  # read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]

@@ -1,10 +1,12 @@
-"""What every rank of `test_tensor_parallel.py` runs, started by torchrun: `... FOLDER`, results in FOLDER/rank*.pt.
+"""What every rank of `test_tensor_parallel.py` runs, started by torchrun: `... FOLDER all|few SECONDS`.
 
-Also says what one process has to compare with (`observe`), and the same cases for both (`CASES`).
+Results are in FOLDER/rank*.pt. A rank that takes longer says where it is, and ends. Also says what one process has to
+compare with (`observe`), and the same cases for both (`CASES`, and few of them where every second is paid for).
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 SPARSE = {"tau": 0.7, "num_recent": 4, "num_random": 8, "recompress_interval": 5}
 GREEDY = {"max_new_tokens": 12, "do_sample": False}  # past two recompressions
 CASES = [(family, batch, policy) for family in FAMILIES for batch in BATCHES for policy in POLICIES]
+FEW_CASES = [("llama", "batch3", "layer"), ("llama", "batch3", "kv_head"), ("qwen2_vl", "batch1", "layer")]
 
 
 def model_of(family: str) -> Any:
@@ -58,7 +61,9 @@ def observe(model: Any, inputs: dict[str, Any], policy: str) -> dict[str, Any]:
         static = None
         if not rule.keeps_all:
             cache = ZipVLStaticCache(rule, model.config, GREEDY["max_new_tokens"])
-            static = model.generate(**inputs, **cache.generate_arguments(), do_sample=False).cpu()
+            # On a GPU generate() would compile, for minutes and for every case anew.
+            options = {"do_sample": False, "disable_compile": True}
+            static = model.generate(**inputs, **cache.generate_arguments(), **options).cpu()
         first = model.generate(**inputs, **GREEDY)
         seen = [_layer(layer) for layer in session.cache.layers]
         second = None
@@ -149,27 +154,31 @@ def scores(rank: int, ranks: int, group: Any, device: str) -> list[dict[str, Any
     return [{name: tuple(x.cpu() for x in pair) for name, pair in case.items()} for case in found]
 
 
-def main(folder: Path) -> None:
-    """All cases on this rank."""
+def main(folder: Path, cases: list[tuple[str, str, str]]) -> None:
+    """These cases on this rank, and with all of them what does not depend on cases."""
     import torch.distributed as dist
     from zipvl_adapters import attach, enable
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results: dict[Any, Any] = {}
-    for family in FAMILIES:
+    for family in dict.fromkeys(case[0] for case in cases):
         kind = model_of(family)
         model = type(kind.model).from_pretrained(folder / family, tp_plan="auto").eval()
-        for case in CASES:
+        for case in cases:
             if case[0] == family:
                 results[case] = observe(model, prompts(kind, case[1]), case[2])
+                print(f"rank {rank}: {case}", flush=True)
         if family == "llama":
             results["scores"] = scores(rank, ranks, dist.group.WORLD, model.device.type)
-            results["faults"] = faults(kind, model, rank)
-    odd = type(odd_model()).from_pretrained(folder / "odd", tp_plan="auto")
-    results["odd"] = [_error_of(lambda: enable(odd)), _error_of(lambda: attach(odd).__enter__())]
+            if cases is CASES:
+                results["faults"] = faults(kind, model, rank)
+    if cases is CASES:
+        odd = type(odd_model()).from_pretrained(folder / "odd", tp_plan="auto")
+        results["odd"] = [_error_of(lambda: enable(odd)), _error_of(lambda: attach(odd).__enter__())]
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    faulthandler.dump_traceback_later(float(sys.argv[3]), exit=True)
+    main(Path(sys.argv[1]), {"all": CASES, "few": FEW_CASES}[sys.argv[2]])

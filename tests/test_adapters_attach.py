@@ -321,3 +321,45 @@ def test_a_policy_may_hook_the_decoder_for_the_time_of_the_block():
         kind.model(ids)
     assert len(seen) == 3
     assert hooks_of(kind.model) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "llava", "internvl", "qwen2_vl"])
+def test_mlps_take_so_many_rows_at_a_time(family):
+    kind = tiny(family)
+    inputs = inputs_for(kind, (30, 5, 14))
+    layers = kind.model.get_decoder().layers
+    rows = []
+    watch = layers[1].mlp.gate_proj.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:2]))
+    with attach(kind.model, SPARSE) as session:
+        want, kept = kind.model(**inputs).logits, session.stats.kept_ratio
+    assert len(rows) == 1
+    n = rows.pop()[1]
+    with attach(kind.model, SPARSE, mlp_rows=24) as session:
+        torch.testing.assert_close(kind.model(**inputs).logits, want, rtol=1e-4, atol=1e-5)
+        assert session.stats.kept_ratio == kept
+    assert [tuple(shape) for shape in rows] == [(3, 8)] * (n // 8) + [(3, n % 8)] * (n % 8 > 0)
+    watch.remove()
+    assert all("forward" not in vars(layer.mlp) for layer in layers)
+
+
+def test_mlps_that_somebody_else_has_changed_stay_so():
+    """As accelerate does, which puts a function in the place of a module's `forward`."""
+    kind = tiny("llama")
+    mlp = kind.model.get_decoder().layers[0].mlp
+    original = mlp.forward
+    mlp.forward = theirs = lambda hidden: 2 * original(hidden)
+    inputs = inputs_for(kind, (30,))
+    with attach(kind.model, SPARSE):
+        want = kind.model(**inputs).logits
+    with attach(kind.model, SPARSE, mlp_rows=4):
+        torch.testing.assert_close(kind.model(**inputs).logits, want, rtol=1e-4, atol=1e-5)
+    assert mlp.forward is theirs
+
+
+@pytest.mark.parametrize("rows", [0, -1, 2.0, True, "many"])
+def test_a_bad_number_of_mlp_rows_is_refused_and_nothing_is_left_behind(rows):
+    model = tiny("llama").model
+    with pytest.raises(ValueError, match="mlp_rows: expected an integer of at least 1"), attach(model, mlp_rows=rows):
+        pass
+    with attach(model, mlp_rows=1):
+        pass

@@ -103,6 +103,49 @@ def test_decoding(checked, monkeypatch, changed, message, return_lse):
     zk.decode_attention(q, *pools, arguments["seqused_k"], **options)
 
 
+def over_pages(operator, changed, **options):
+    """The operator on the arguments of `compaction`, for a chunk of 3 rows."""
+    given = compaction() | changed
+    q, (k, v) = torch.randn(2, 4, 3, 8), (given["k_cache"], given["v_cache"])
+    options |= {name: given[name] for name in ("block_table", "seqused_k")}
+    if operator == "score_tokens":
+        return zk.score_tokens(q, k, ints(0, 2), **options)
+    return zk.sparse_attention(q, k, v, given["indices"], given["counts"], **options)
+
+
+SETS = [  # of those of a compaction, what matters where nothing is written
+    ({"counts": ints([6], [7])}, "counts: sequence 1, group 0 keeps 7 rows, and may keep 0 to 6"),
+    ({"indices": with_set(0, 0, 1, 2, 3, 8, 5)}, "indices: sequence 0, group 0 .*got 5 after 8 at place 5"),
+    ({"indices": with_set(1, 0, 1, 2, 3, 6)}, "indices: sequence 1, group 0 .*below 6.*got 6 after 3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "changed", "message"),
+    [
+        *((operator, *case) for operator in ("score_tokens", "sparse_attention") for case in PAGES),
+        *(("sparse_attention", *case) for case in SETS),
+    ],
+)
+def test_scores_and_attention(checked, monkeypatch, operator, changed, message):
+    with pytest.raises(ValueError, match=message):
+        over_pages(operator, changed)
+    monkeypatch.delenv("ZIPVL_CHECK")
+    over_pages(operator, changed)
+
+
+def test_attention_over_compacted_pages(checked):
+    """Pages that came free may be gone from the table; those of the kept rows may not."""
+    over_pages("score_tokens", {})
+    over_pages("sparse_attention", {})
+    freed = ints([6, 0, -1], [6, 5, -1])
+    over_pages("sparse_attention", {"block_table": freed}, kv_compacted=True)
+    with pytest.raises(ValueError, match="block_table: sequence 0 of length 6 needs a page for rows from 4 on"):
+        over_pages("sparse_attention", {"block_table": ints([6, -1, -1], [6, 5, -1])}, kv_compacted=True)
+    with pytest.raises(ValueError, match="counts: sequence 0 has length 6, and 1 pages of 4 rows hold 0 to 4"):
+        over_pages("sparse_attention", {"block_table": freed[:, :1]}, kv_compacted=True)
+
+
 def test_decoding_may_share_any_page(checked):
     arguments = compaction()
     table = ints([6, 0, 3], [6, 0, 3])

@@ -90,11 +90,13 @@ def test_cuda_with_many_blocks_waiting(kept):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("chunk", [(16, 16, 16, 1), (16, 10, 16, 64)])  # D = 128 and 80 in half precision
+@pytest.mark.parametrize("chunk", [(16, 16, 16, 1, 1), (16, 10, 16, 1, 64)])  # D = 128 and 80 in half precision
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_cuda_kernel_compiles_without_spills(tmp_path, arch, chunk):
     source = Path(zk.__file__).parent / "_cuda" / "compact_kv.cu"
-    macros = [f"-D{name}={n}" for name, n in zip(("CHUNK_BYTES", "CHUNKS", "LANES", "LAYERS"), chunk, strict=True)]
+    macros = [
+        f"-D{name}={n}" for name, n in zip(("CHUNK_BYTES", "CHUNKS", "LANES", "PIECES", "LAYERS"), chunk, strict=True)
+    ]
     target = [f"-arch={arch}", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
     done = subprocess.run(["nvcc", *target, *macros, source], capture_output=True, text=True)
     said = done.stdout + done.stderr

@@ -1,12 +1,15 @@
 """`compact_paged_kv_`: the property check, examples, what may never be written, errors, registration."""
 
 import importlib.util
+import shutil
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import zipvl_reference
-from zipvl_reference.testing import check_compact_paged_kv
+from zipvl_reference.testing import check_compact_paged_kv, check_compact_paged_kv_of_layers
 from zipvl_reference.testing.budget import assert_same_bits
 
 import zipvl_kernels as zk
@@ -15,6 +18,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
+if zk.backends()["cuda"] == "available":
+    BACKENDS.append("cuda")
 
 
 def tensors(layout="NHD", dtype=torch.float32, groups=1):
@@ -53,6 +58,52 @@ def test_contract_triton(monkeypatch, dtype, tile):
     monkeypatch.setattr(importlib.import_module("zipvl_kernels._triton.compact_paged_kv"), "ROWS", tile)
     fn = partial(zk.compact_paged_kv_, backend="triton")
     check_compact_paged_kv(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=20)
+
+
+@pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
+def test_contract_of_layers(package):
+    check_compact_paged_kv_of_layers(package.compact_paged_kv_, dtype=torch.bfloat16, derandomize=True)
+
+
+def test_contract_of_layers_triton(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(importlib.import_module("zipvl_kernels._triton.compact_paged_kv"), "ROWS", 4)
+    fn = partial(zk.compact_paged_kv_, backend="triton")
+    check_compact_paged_kv_of_layers(fn, device=DEVICE, derandomize=True, max_examples=8, layers=(1, 3))
+
+
+@pytest.mark.skipif(zk.backends()["cuda"] != "available", reason="needs CuPy and a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("max_tokens", [48, 1500])
+def test_contract_cuda(dtype, max_tokens):
+    fn = partial(zk.compact_paged_kv_, backend="cuda")
+    few = {"max_examples": 50 if max_tokens < 100 else 10, "max_tokens": max_tokens, "head_dims": (16, 80, 7)}
+    check_compact_paged_kv(fn, device="cuda", dtype=dtype, derandomize=True, **few)
+    check_compact_paged_kv_of_layers(fn, device="cuda", dtype=dtype, derandomize=True, layers=(1, 3, 66), **few)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("arch", "chunk"),
+    [
+        ("sm_90", (16, 16, 16, 1, 1, 16, 3)),  # D = 128 in half precision
+        ("sm_90", (16, 10, 16, 1, 64, 16, 3)),  # D = 80, many layers
+        ("sm_90", (16, 32, 32, 1, 1, 1, 3)),  # D = 256, rows that are pages
+        ("sm_80", (16, 16, 16, 1, 1, 16, 2)),
+        ("sm_100", (16, 16, 16, 1, 64, 16, 2)),
+        ("sm_120", (16, 16, 16, 1, 1, 24, 2)),
+    ],
+)
+def test_cuda_kernel_compiles_without_spills(tmp_path, arch, chunk):
+    source = Path(zk.__file__).parent / "_cuda" / "compact_paged_kv.cu"
+    names = ("CHUNK_BYTES", "CHUNKS", "LANES", "PIECES", "LAYERS", "PAGE", "BLOCKS_PER_SM")
+    macros = [f"-D{name}={n}" for name, n in zip(names, chunk, strict=True)]
+    block = ["-DTHREADS=256", "-DITEMS=8"]
+    target = [f"-arch={arch}", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
+    done = subprocess.run(["nvcc", *target, *macros, *block, source], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -144,6 +195,27 @@ def test_garbage_never_writes_elsewhere(backend, layout, seed):
     assert torch.equal(freed.cpu(), (capacity.amax(1) + 3) // 4 - (seqused.cpu().amax(1) + 3) // 4)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_layers_are_compacted_as_one_by_one(groups):
+    """Twice, the second time from the lengths that the first one returned."""
+    one = [tensors(groups=groups) for _ in range(3)]
+    two = [tensors(groups=groups) for _ in range(3)]
+    for layers in (one, two):
+        layers[1][2][0, :, 5] = 7
+        layers[2][3][1] = 4
+    first, used = torch.tensor([4, 4], dtype=torch.int32), [one[0][5]] * 3
+    for width in (9, 5):
+        sets = [[layer[i][..., :width] if i == 2 else layer[i].clamp(max=width) for layer in two] for i in (2, 3)]
+        pools = [[layer[i] for layer in two] for i in (0, 1)]
+        seqused, freed = zk.compact_paged_kv_(*pools, *sets, one[0][4], used, first_writable=first)
+        for i, (k, v, *_, table, _) in enumerate(one):
+            alone = zk.compact_paged_kv_(k, v, sets[0][i], sets[1][i], table, used[i], first_writable=first)
+            for got, wanted in zip((seqused[i], freed[i], *two[i][:2]), (*alone, k, v), strict=True):
+                assert torch.equal(got, wanted)
+        used = seqused.unbind()
+    assert seqused.shape == ((3, 2) if groups == 1 else (3, 2, groups))
+
+
 def test_catches_writes_to_protected_rows():
     def unprotected(*args, first_writable=None, **options):
         return zk.compact_paged_kv_(*args, **options)
@@ -194,6 +266,50 @@ def test_errors_before_anything_is_written(error, match, changed):
         zk.compact_paged_kv_(**GOOD | changed)
     assert torch.equal(k, before[0])
     assert torch.equal(v, before[1])
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changed"),
+    [
+        (TypeError, "v_cache: .*sequence of tensors like k_cache", {"v_cache": v}),
+        (ValueError, "counts: .*as many as k_cache has, got 1", {"counts": [counts]}),
+        (ValueError, "block_table: .*as many as k_cache has, got 3", {"block_table": [table] * 3}),
+        (TypeError, "seqused_k: .*sequence.*int", {"seqused_k": 3}),
+        (ValueError, r"seqused_k\[1\]: .*shape.*\[2, 1\]", {"seqused_k": [used, used[:, None]]}),
+        (ValueError, r"k_cache\[1\]: .*got the same tensor as k_cache\[0\]", {"k_cache": [k, k]}),
+        (ValueError, "layout: ", {"layout": "nhd"}),
+    ],
+)
+def test_errors_of_layers(error, match, changed):
+    pools = {"k_cache": [k, k.clone()], "v_cache": [v, v.clone()]}
+    given = GOOD | pools | {"indices": [indices] * 2, "counts": [counts] * 2} | changed
+    with pytest.raises(error, match=match):
+        zk.compact_paged_kv_(**given)
+
+
+def test_checking_names_the_layer(monkeypatch):
+    monkeypatch.setenv("ZIPVL_CHECK", "1")
+    lists = {"k_cache": [k, k.clone()], "v_cache": [v, v.clone()], "counts": [counts] * 2}
+    given = GOOD | lists | {"indices": [indices, indices.flip(2)], "first_writable": torch.tensor([4, 4]).int()}
+    with pytest.raises(ValueError, match=r"layer 1: indices: sequence 0, group 0"):
+        zk.compact_paged_kv_(**given)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_registration_of_layers(groups):
+    lists = [[x, x.clone()] for x in tensors("HND", torch.float32, groups)]
+    arguments = (*lists, "HND", torch.tensor([4, 4], dtype=torch.int32), "auto")
+    torch.library.opcheck(torch.ops.zipvl.compact_paged_kv_layers_.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_of_layers(backend):
+    compiled = torch.compile(zk.compact_paged_kv_, fullgraph=True, backend=backend)
+    a, b = ([[x, x.clone()] for x in tensors()[:4]] for _ in range(2))
+    for got, want in zip(
+        (*compiled(*a, table, used), *a[0]), (*zk.compact_paged_kv_(*b, table, used), *b[0]), strict=True
+    ):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,8 +1,12 @@
 """A static cache: what the ragged one generates, by one compiled graph, tokens reselected between steps."""
 
+import re
+
 import pytest
 import torch
+from test_no_host_read import NoHostRead
 from tiny_models import TEXT_FAMILIES, VISION_FAMILIES, inputs_for, tiny
+from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig
 from zipvl_adapters import Policy, ZipVLCache, ZipVLPolicy, ZipVLStaticCache, attach, enable
 
@@ -39,19 +43,19 @@ def graphs_and_breaks():
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def assert_same_cache(static_cache, ragged_cache):
+def assert_same_cache(static_cache, ragged_cache, atol=1e-5):
     """Lengths, true positions, keys and values of what is held."""
     assert int(static_cache.get_seq_length()) == ragged_cache.get_seq_length()
     for ours, theirs in zip(static_cache.layers, ragged_cache.layers, strict=True):
         assert torch.equal(ours.lens, theirs.lens)
         assert torch.equal(ours.anchor, theirs.anchor)
         rows = min(ours.keys.shape[2], theirs.keys.shape[2])
-        held = torch.arange(rows) < ours.lens[..., None]  # [B, G, rows]
+        held = torch.arange(rows, device=ours.lens.device) < ours.lens[..., None]  # [B, G, rows]
         assert torch.equal(ours.positions[..., :rows][held], theirs.positions[..., :rows][held])
         for name in ("keys", "values"):
             x, y = (getattr(layer, name)[:, :, :rows] for layer in (ours, theirs))
             shown = held.repeat_interleave(x.shape[1] // held.shape[1], 1)
-            torch.testing.assert_close(x[shown], y[shown], rtol=0, atol=1e-5)
+            torch.testing.assert_close(x[shown], y[shown], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])
@@ -88,12 +92,12 @@ MODES = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True}, "beams
 
 @pytest.mark.parametrize("mode", MODES)
 def test_inside_attach(mode):
-    """Hooks of attach() are part of the graph. generate() does not compile steps of beams."""
+    """Hooks of attach() and MLPs in parts are part of the graph. generate() does not compile steps of beams."""
     kind = tiny("llama")
     inputs = inputs_for(kind, (30, 5))
     policy = ZipVLPolicy(**SPARSE, recompress_interval=4)
     config = compile_config()
-    with attach(kind.model, policy) as session:
+    with attach(kind.model, policy, mlp_rows=16) as session:
         torch.manual_seed(3)
         want = kind.model.generate(**inputs, max_new_tokens=N, **MODES[mode])
         cache = ZipVLStaticCache(policy, config=kind.model.config, max_new_tokens=N)
@@ -125,10 +129,15 @@ def test_inductor():
     policy = ZipVLPolicy(**SPARSE, recompress_interval=5)
     config = compile_config("inductor")
     want, theirs = ragged(kind, inputs, policy, **GREEDY)
-    out, ours = static(kind, inputs, policy, **GREEDY, compile_config=config)
+    with torch._inductor.config.patch(fx_graph_cache=False):  # a graph that is read from disk shows no code
+        (out, ours), codes = run_and_get_code(static, kind, inputs, policy, **GREEDY, compile_config=config)
     assert torch.equal(out, want)
     assert_same_cache(ours, theirs)
     assert graphs_and_breaks() == (1, 0)
+    made = {shape for code in codes for shape in re.findall(r"= empty_strided_cpu\((\(.*?\))", code)}
+    assert len(made) > 3
+    assert str(tuple(ours.layers[0].keys.shape)) not in made  # a step writes into the cache, and never into a copy
+    assert str(tuple(ours.layers[0].positions.shape)) not in made
 
 
 def test_nothing_moves_while_decoding():
@@ -150,6 +159,24 @@ def test_nothing_moves_while_decoding():
     assert len(addresses) == N
     assert all(at == addresses[0] for at in addresses)
     assert {layer.keys.shape[2] for layer in cache.layers} == {256}
+
+
+@pytest.mark.parametrize("pool", ["layer", "kv_head"])
+def test_a_step_reads_nothing_on_the_host(pool):
+    """The prefill does; what follows does not, reselection included."""
+    kind = tiny("llama")
+    enable(kind.model)
+    policy = ZipVLPolicy(**SPARSE, recompress_interval=2, pool=pool)
+    cache = ZipVLStaticCache(policy, config=kind.model.config, max_new_tokens=N)
+    between = cache.generate_arguments()["stopping_criteria"]
+    with torch.no_grad():
+        kind.model(input_ids=inputs_for(kind, (30,))["input_ids"], past_key_values=cache)
+        ids = torch.tensor([[9]])
+        with NoHostRead():
+            for _ in range(5):
+                between(ids, None)
+                kind.model(input_ids=ids, past_key_values=cache)
+    assert all((layer.lens < layer.seen).all() for layer in cache.layers)
 
 
 def test_a_cache_serves_again_after_reset():

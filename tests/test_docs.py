@@ -1,5 +1,6 @@
 """The documents: their Python examples run as they stand, and their links lead somewhere."""
 
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -60,6 +61,17 @@ def test_links_resolve(document):
         if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
             broken.append(link)
     assert not broken, f"{document}: links that lead nowhere: {broken}"
+
+
+def test_the_serving_table_is_the_record():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.search(r"serve-demo:begin -->\n.*\n.*\n((?:\|.*\n)+)<!-- serve-demo:end", readme)[1].splitlines()
+    record = json.loads((ROOT / "bench" / "results" / "demo" / "serving.json").read_text(encoding="utf-8"))
+    assert rows == [
+        f"| {run['mode']} | {run['most_at_once']} | {run['steps']} | {100 * run['kept']:.1f}"
+        f" | {run['right']} of {run['requests']} |"
+        for run in record["runs"]
+    ]
 
 
 def test_no_example_is_left_out():

@@ -208,7 +208,7 @@ def cuda(monkeypatch):
         for name in [name for name in sys.modules if name.startswith("zipvl_kernels._cuda")]:
             del sys.modules[name]
         operators = ("probe_rows", "score_tokens", "select_tokens", "compact_kv", "sparse_attention", "zipvl_prefill")
-        stems = ("common", "tensor_map", *operators)
+        stems = ("common", "tensor_map", "compact_paged_kv", *operators)
         found = {stem: importlib.import_module(f"zipvl_kernels._cuda.{stem}") for stem in stems}
     modules = SimpleNamespace(**found, launched=[])
     sizes = [56, 384, 384, 136, 168, 448]  # of the parameters, as the sources of the kernels assert
@@ -236,7 +236,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(modules.common, "_start", lambda: start)
     monkeypatch.setattr(modules.tensor_map, "libcuda", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
     counters = torch.zeros(1 << 16, dtype=torch.int32)
-    for user in (modules.compact_kv, modules.sparse_attention, modules.zipvl_prefill):
+    for user in (modules.compact_kv, modules.compact_paged_kv, modules.sparse_attention, modules.zipvl_prefill):
         monkeypatch.setattr(user, "tickets", lambda device, count: counters)
     kept, copies, contiguous = [], {}, torch.Tensor.contiguous
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: copies.setdefault(id(x), contiguous(x)))
@@ -421,3 +421,28 @@ def test_what_a_kernel_lacks_is_asked_once():
     with pytest.raises(ValueError, match=r"^backend='cuda': x: expected more than 0, got -2$"):
         explicit(-2)
     assert asked == [1, -1, 2, -2]
+
+
+def test_layers_go_in_launches_of_64(cuda):
+    """Addresses of each layer stand one after the other; what a launch holds for no layer is 0."""
+    _, *kv = qkv(1, 1, 2, 1, 9, 64)
+    lists = [[x.clone() for _ in range(70)] for x in kv]
+    lists += [[torch.zeros(shape, dtype=torch.int32) for _ in range(70)] for shape in ((1, 1, 9), (1, 1))]
+    cuda.compact_kv.compact_kv_(*lists)
+    first, second = (struct.unpack("=4Q", parameters[:32]) for _, _, parameters in cuda.launched)
+    assert first == tuple(x[0].data_ptr() for x in lists)
+    assert second == tuple(x[64].data_ptr() for x in lists)
+    found, addresses, layers = cuda.compact_kv.moving.of_layers(*(x[64:] for x in lists))
+    assert [x is y[64] for x, y in zip(found, lists, strict=True)] == [True] * 4
+    assert (layers, len(addresses), addresses[24:]) == (6, 4 * 64, [0] * 4 * 58)
+
+
+def test_rows_are_read_as_wide_as_they_allow(cuda):
+    of = cuda.compact_kv.moving.Row.of
+    assert of(256, 0, [512], [3], 256) == (16, 16, 16, 1)
+    assert of(160, 0, [160], [3], 256) == (16, 10, 16, 1)
+    assert of(256, 8, [512], [3], 256) == (8, 32, 32, 1)
+    assert of(256, 0, [514], [3], 256) == (2, 128, 128, 1)
+    assert of(256, 0, [514], [1], 256) == (16, 16, 16, 1)  # one row has no stride
+    assert of(600, 0, [602], [3], 256) == (2, 150, 256, 2)
+    assert of(2 * 521, 0, [1042], [3], 256) == (2, 1, 1, 521)  # 521 is prime

@@ -63,10 +63,15 @@ def every_operator(package):
         decoded = package.decode_attention(q[:, :, -2:], moved_k, moved_v, counts[:, 0])
         pools = [x.transpose(1, 2).reshape(20, 4, 2, 16).clone() for x in (k, v)]  # pages of 4
         table, used = torch.arange(20, dtype=torch.int32, device=q.device).view(2, 10), leftpad + 33
+        chunk, pages = q[:, :, -9:], {"seqused_k": used, "block_table": table}
+        paged_scores = package.score_tokens(chunk, pools[0], rows - 31, **pages)
+        sets = package.select_tokens(*paged_scores, tau=0.8, seqused_k=used)
+        attended = package.sparse_attention(chunk, *pools, *sets, **pages)
         lengths, freed = package.compact_paged_kv_(*pools, indices, counts, table, used, first_writable=leftpad - 7)
         paged = package.decode_attention(q[:, :, -2:], *pools, lengths, block_table=table)
         kept = package.zipvl_prefill_(q, k.clone(), v.clone(), leftpad_k=leftpad, num_recent=4, num_random=4)
-        every = *scores, indices, counts, out, moved_k, decoded, *pools, lengths, freed, paged, *kept
+        of_pages = *paged_scores, attended, *pools, lengths, freed, paged
+        every = *scores, indices, counts, out, moved_k, decoded, *of_pages, *kept
         return *every, *of_packed(package, q, k, v, leftpad)
 
     return run

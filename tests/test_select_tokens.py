@@ -128,12 +128,13 @@ def test_cuda_refuses_more_columns_than_its_sums_hold():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize(("by_ratio", "packed"), [(0, 0), (1, 0), (0, 1)])
+@pytest.mark.parametrize(("held", "by_ratio", "packed"), [(4, 0, 0), (4, 1, 0), (4, 0, 1), (0, 0, 0), (0, 0, 1)])
 @pytest.mark.parametrize(("architecture", "blocks"), [(80, 1), (90, 1), (90, 8), (100, 8), (120, 8)])
-def test_cuda_kernel_compiles_without_spills(tmp_path, architecture, blocks, by_ratio, packed):
+def test_cuda_kernel_compiles_without_spills(tmp_path, architecture, blocks, held, by_ratio, packed):
     source = Path(zk.__file__).parent / "_cuda" / "select_tokens.cu"
     target = [f"-arch=sm_{architecture}", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
-    macros = ["-DTHREADS=1024", f"-DCLUSTER={blocks}", f"-DBY_RATIO={by_ratio}", f"-DPACKED={packed}"]
+    macros = ["-DTHREADS=1024", f"-DCLUSTER={blocks}", f"-DHELD={held}", f"-DBY_RATIO={by_ratio}"]
+    macros.append(f"-DPACKED={packed}")
     done = subprocess.run(["nvcc", *target, *macros, source], capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said

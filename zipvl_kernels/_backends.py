@@ -22,7 +22,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "score_tokens": ("cuda", "triton"),
     "select_tokens": ("cuda", "triton"),
     "compact_kv_": ("cuda", "triton"),
-    "compact_paged_kv_": ("triton",),
+    "compact_paged_kv_": ("cuda", "triton"),
     "sparse_attention": ("cuda", "triton"),
     "decode_attention": ("cuda", "triton"),
 }

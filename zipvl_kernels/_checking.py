@@ -29,8 +29,10 @@ def sequences(cu_seqlens: Tensor, max_seqlen: int | None, T: int | None = None) 
             raise ValueError(f"max_seqlen: sequence {b} has length {end - start}, which is more than {max_seqlen}")
 
 
-def pages(block_table: Tensor, seqused_k: Tensor, pool: Tensor, layout: str) -> list[list[int]]:
-    """The pages that each sequence uses: as many as its length needs, all in the pool, no page twice."""
+def pages(
+    block_table: Tensor, seqused_k: Tensor, pool: Tensor, layout: str, name: str = "seqused_k"
+) -> list[list[int]]:
+    """The pages that each sequence uses: as many as its length, argument `name`, needs, in the pool, no page twice."""
     num_blocks, size = pool.shape[0], pool.shape[1 if layout == "NHD" else 2]
     table, lengths = block_table.tolist(), _per_group(seqused_k)
     used = []
@@ -38,7 +40,7 @@ def pages(block_table: Tensor, seqused_k: Tensor, pool: Tensor, layout: str) -> 
         for length in of_groups:
             if not 0 <= length <= len(row) * size:
                 raise ValueError(
-                    f"seqused_k: sequence {b} has length {length}, and {len(row)} pages of {size} rows "
+                    f"{name}: sequence {b} has length {length}, and {len(row)} pages of {size} rows "
                     f"hold 0 to {len(row) * size}"
                 )
         mine: dict[int, int] = {}
@@ -86,6 +88,26 @@ def compaction(
     for b, (sets, sizes) in enumerate(zip(indices.tolist(), counts.tolist(), strict=True)):
         for g, (columns, count) in enumerate(zip(sets, sizes, strict=True)):
             _one_set(f"sequence {b}, group {g}", columns, count, lengths[b][g % len(lengths[b])], first[b])
+
+
+def sets(
+    pool: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_table: Tensor,
+    seqused_k: Tensor,
+    layout: str,
+    compacted: bool,
+) -> None:
+    """As `pages`, of the rows that are read; each set is ascending and below the used length."""
+    if compacted:
+        pages(block_table, counts, pool, layout, "counts")
+    else:
+        pages(block_table, seqused_k, pool, layout)
+    lengths = seqused_k.tolist()
+    for b, (of_groups, sizes) in enumerate(zip(indices.tolist(), counts.tolist(), strict=True)):
+        for g, (columns, count) in enumerate(zip(of_groups, sizes, strict=True)):
+            _one_set(f"sequence {b}, group {g}", columns, count, lengths[b], 0)
 
 
 def _one_set(whose: str, columns: list[int], count: int, used: int, first: int) -> None:

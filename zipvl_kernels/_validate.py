@@ -74,8 +74,8 @@ def layout(x: str) -> None:
         raise ValueError(f"layout: expected 'NHD' or 'HND', got {x!r}")
 
 
-def pools(k: Tensor, v: Tensor, layout: str, *, q: Tensor | None = None, suffix: str = "") -> int:
-    """Two pools of pages, arguments `k` and `v` with `suffix`, that fit `q [B, Hq, M, D]` if given; returns `Hkv`."""
+def pools(k: Tensor, v: Tensor | None, layout: str, *, q: Tensor | None = None, suffix: str = "") -> int:
+    """Pools of pages, arguments `k` and `v` with `suffix`, that fit `q [B, Hq, M, D]` if given; returns `Hkv`."""
     name, shape = f"k{suffix}", LAYOUTS[layout]
     if q is None:
         _heads(name, k, name, k, shape)
@@ -84,7 +84,8 @@ def pools(k: Tensor, v: Tensor, layout: str, *, q: Tensor | None = None, suffix:
         _heads(name, k, "q", q, shape)
     if 0 in k.shape:
         raise ValueError(f"{name}: expected {shape} of at least one block, row and head, got shape {_shape(k)}")
-    _same_as_k(v, k, suffix, shape)
+    if v is not None:
+        _same_as_k(v, k, suffix, shape)
     Hkv = k.shape[2 if layout == "NHD" else 1]
     if q is not None and (k.shape[3] != q.shape[3] or q.shape[1] % Hkv):
         raise ValueError(
@@ -101,6 +102,26 @@ def block_table(x: Tensor, device: torch.device, B: int | None = None) -> int:
     B = height if B is None else B
     int32("block_table", x, device, (B, width), meaning="[B, max_blocks]")
     return B
+
+
+def paged(
+    q: Tensor,
+    table: Tensor,
+    seqused_k: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str,
+    *,
+    k: Tensor,
+    v: Tensor | None = None,
+) -> int:
+    """Pools `k, v` in `layout` that fit `q [B, Hq, M, D]`, with a block table and used lengths; returns `Hkv`."""
+    if cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens: expected None with a block_table, got {_type(cu_seqlens)}")
+    Hkv = pools(k, v, layout, q=q)
+    block_table(table, q.device, q.shape[0])
+    if seqused_k is None:
+        raise ValueError("seqused_k: expected int32 [B] with a block_table, got None")
+    return Hkv
 
 
 def own_memory(k: Tensor, v: Tensor, suffix: str = "") -> None:

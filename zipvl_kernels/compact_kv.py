@@ -17,9 +17,9 @@ def compact_kv_(
     counts: Tensor | Sequence[Tensor],
     *,
     dst_start: Tensor | None = None,
+    backend: str = "auto",
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    backend: str = "auto",
 ) -> None:
     """In place: row `indices[b, g, i]` moves to row `dst_start[b] + i` (eviction, ZipVL, arXiv 2410.08584).
 

@@ -1,5 +1,8 @@
 """`compact_paged_kv_`: move the kept keys and values to the front of each sequence's own pages."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from zipvl_kernels import _checking, _validate
@@ -8,12 +11,12 @@ from zipvl_kernels._library import operator
 
 
 def compact_paged_kv_(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_table: Tensor,
-    seqused_k: Tensor,
+    k_cache: Tensor | Sequence[Tensor],
+    v_cache: Tensor | Sequence[Tensor],
+    indices: Tensor | Sequence[Tensor],
+    counts: Tensor | Sequence[Tensor],
+    block_table: Tensor | Sequence[Tensor],
+    seqused_k: Tensor | Sequence[Tensor],
     *,
     layout: str = "NHD",
     first_writable: Tensor | None = None,
@@ -27,6 +30,10 @@ def compact_paged_kv_(
     Pages that several sequences share are safe behind `first_writable`: the rows of a sequence before it are never
     written, whatever the other arguments hold. Its set has to have all of them, so that they stay in their places; a
     page with rows at or after it, up to the used ones, belongs to this sequence alone.
+
+    Several layers: `k_cache, v_cache, indices, counts` are sequences of tensors, one of each for every layer, alike in
+    all but what they hold, and so may be `block_table` and `seqused_k`; a tensor there is that of every layer. What is
+    returned has a row of each layer. In CUDA C, 64 layers are one launch.
 
     With `ZIPVL_CHECK=1` in the environment all of this is checked on the host first.
 
@@ -45,10 +52,38 @@ def compact_paged_kv_(
         seqused: int32 `[B]`, or `[B, G]` where `G > 1`: the rows that are used now, as `decode_attention` takes them.
         freed: int32 `[B]`, how many of the pages that held used rows hold none now. They are the last of these in the
             block table, and it is the longest head that counts.
+        Of several layers `[layers, B]`, or `[layers, B, G]`.
 
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
+    if isinstance(k_cache, Tensor):
+        _check(k_cache, v_cache, indices, counts, block_table, seqused_k, layout=layout, first_writable=first_writable)
+        found: tuple[Tensor, Tensor] = _compact_paged_kv_(
+            k_cache, v_cache, indices, counts, block_table, seqused_k, layout, first_writable, backend
+        )
+        return found
+    own = _validate.layers(k_cache=k_cache, v_cache=v_cache, indices=indices, counts=counts)
+    tables, used = ([x] * len(own[0]) if isinstance(x, Tensor) else x for x in (block_table, seqused_k))
+    layers = (*own, *_validate.layers(k_cache=own[0], block_table=tables, seqused_k=used)[1:])
+    _validate.own_memory_of_layers("_cache", k=own[0], v=own[1])
+    _check(*(x[0] for x in layers), layout=layout, first_writable=first_writable)
+    found = _compact_paged_kv_layers_(*layers, layout, first_writable, backend)
+    return found
+
+
+def _check(
+    k_cache: Any,
+    v_cache: Any,
+    indices: Any,
+    counts: Any,
+    block_table: Any,
+    seqused_k: Any,
+    *,
+    layout: str,
+    first_writable: Tensor | None,
+) -> None:
+    """Of one layer."""
     _validate.layout(layout)
     Hkv = _validate.pools(k_cache, v_cache, layout, suffix="_cache")
     _validate.own_memory(k_cache, v_cache, suffix="_cache")
@@ -56,15 +91,18 @@ def compact_paged_kv_(
     G = _validate.paged_selection(indices, counts, B, Hkv, k_cache.device)
     _validate.int32("seqused_k", seqused_k, k_cache.device, (B,), (B, G), meaning="[B] or [B, G]")
     _validate.per_sequence(seqused_k, first_writable=first_writable)
-    lengths_and_freed: tuple[Tensor, Tensor] = _compact_paged_kv_(
-        k_cache, v_cache, indices, counts, block_table, seqused_k, layout, first_writable, backend
-    )
-    return lengths_and_freed
 
 
 def _fake(k_cache: Tensor, v_cache: Tensor, indices: Tensor, counts: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     B, G = counts.shape
     return counts.new_empty((B,) if G == 1 else (B, G)), counts.new_empty((B,))
+
+
+def _fake_of_layers(
+    k_cache: list[Tensor], v_cache: list[Tensor], indices: list[Tensor], counts: list[Tensor], *rest: object
+) -> tuple[Tensor, Tensor]:
+    L, (B, G) = len(counts), counts[0].shape
+    return counts[0].new_empty((L, B) if G == 1 else (L, B, G)), counts[0].new_empty((L, B))
 
 
 @operator(
@@ -86,6 +124,34 @@ def _compact_paged_kv_(
     if _checking.enabled():
         _checking.compaction(k_cache, indices, counts, block_table, seqused_k, layout, first_writable)
     lengths_and_freed: tuple[Tensor, Tensor] = resolve("compact_paged_kv_", backend, k_cache.device.type)(
+        k_cache, v_cache, indices, counts, block_table, seqused_k, layout=layout, first_writable=first_writable
+    )
+    return lengths_and_freed
+
+
+@operator(
+    "compact_paged_kv_layers_(Tensor(a!)[] k_cache, Tensor(b!)[] v_cache, Tensor[] indices, Tensor[] counts, "
+    "Tensor[] block_table, Tensor[] seqused_k, str layout, Tensor? first_writable, str backend) -> (Tensor, Tensor)",
+    _fake_of_layers,
+)
+def _compact_paged_kv_layers_(
+    k_cache: list[Tensor],
+    v_cache: list[Tensor],
+    indices: list[Tensor],
+    counts: list[Tensor],
+    block_table: list[Tensor],
+    seqused_k: list[Tensor],
+    layout: str,
+    first_writable: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if _checking.enabled():
+        for i, layer in enumerate(zip(k_cache, indices, counts, block_table, seqused_k, strict=True)):
+            try:
+                _checking.compaction(*layer, layout, first_writable)
+            except ValueError as error:
+                raise ValueError(f"layer {i}: {error}") from None
+    lengths_and_freed: tuple[Tensor, Tensor] = resolve("compact_paged_kv_", backend, k_cache[0].device.type)(
         k_cache, v_cache, indices, counts, block_table, seqused_k, layout=layout, first_writable=first_writable
     )
     return lengths_and_freed

@@ -21,6 +21,8 @@ def score_tokens(
     backend: str = "auto",
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probe rows' attention (ZipVL, arXiv 2410.08584: accumulated and normalised attention scores).
 
@@ -29,15 +31,21 @@ def score_tokens(
 
     Args:
         q: `[B, Hq, M, D]`, fp16, bf16 or fp32; packed `[T, Hq, D]`.
-        k: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`.
+        k: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. With `block_table`, a pool of pages in
+            `layout`.
         probe_rows: int32 `[P]` or `[B, P]`, row numbers of `q`, packed those within a sequence.
         scale: of the scores, default `D ** -0.5`.
-        q_start: int32 `[B]`, the column of query row 0; default `N - M`.
+        q_start: int32 `[B]`, the column of query row 0; default `N - M`; with `block_table`, `seqused_k - M`.
         leftpad_k, seqused_k: int32 `[B]`, valid columns are `[leftpad_k, seqused_k)`; default `[0, N)`.
+            With `block_table`, `seqused_k` has to be given: the used rows, those of the queries included.
         pool: "layer" sums over all heads (`G = 1`), "kv_head" over the query heads of each KV head (`G = Hkv`).
         backend: "auto", "reference", "triton" or "cuda".
         cu_seqlens, max_seqlen: int32 `[B + 1]` and a whole number, for packed sequences. The padding arguments and
             `q_start` are then None.
+        block_table: int32 `[B, max_blocks]`: row `j` of sequence `b` is row `j % block_size` of page
+            `block_table[b, j // block_size]`, and `N` is `max_blocks * block_size`. Entries past the used rows are not
+            read into the result. With `ZIPVL_CHECK=1` in the environment the others are checked on the host first.
+        layout: of the pools, "NHD" `[num_blocks, block_size, Hkv, D]` or "HND" `[num_blocks, Hkv, block_size, D]`.
 
     Returns:
         `accumulated`, fp32 `[B, G, N]`, packed `[G, T]`: sum of `A` over the heads of the group and the probes.
@@ -47,7 +55,11 @@ def score_tokens(
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.heads(q=q, k=k, packed=cu_seqlens is not None)
+    _validate.layout(layout)
+    if block_table is None:
+        _validate.heads(q=q, k=k, packed=cu_seqlens is not None)
+    else:
+        _validate.paged(q, block_table, seqused_k, cu_seqlens, layout, k=k)
     places = {"q_start": q_start, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
     max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
     B = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -55,9 +67,8 @@ def score_tokens(
     _validate.scale(scale)
     _validate.per_sequence(q, **places)
     _validate.pool(pool)
-    scores: tuple[Tensor, Tensor] = _score_tokens(
-        q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, backend, cu_seqlens, max_seqlen
-    )
+    where = q_start, leftpad_k, seqused_k, pool, backend, cu_seqlens, max_seqlen, block_table, layout
+    scores: tuple[Tensor, Tensor] = _score_tokens(q, k, probe_rows, scale, *where)
     return scores
 
 
@@ -73,16 +84,26 @@ def _fake(
     backend: str,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
-    G = 1 if pool == "layer" else k.shape[1]
-    shape = (q.shape[0], G, k.shape[2]) if cu_seqlens is None else (G, q.shape[0])
+    Hkv = k.shape[2 if block_table is not None and layout == "NHD" else 1]
+    G = 1 if pool == "layer" else Hkv
+    shape: tuple[int, ...]
+    if cu_seqlens is not None:
+        shape = G, q.shape[0]
+    elif block_table is not None:
+        shape = q.shape[0], G, block_table.shape[1] * k.shape[1 if layout == "NHD" else 2]
+    else:
+        shape = q.shape[0], G, k.shape[2]
     accumulated = q.new_empty(shape, dtype=torch.float32)
     return accumulated, torch.empty_like(accumulated)
 
 
 @operator(
     "score_tokens(Tensor q, Tensor k, Tensor probe_rows, float? scale, Tensor? q_start, Tensor? leftpad_k, "
-    "Tensor? seqused_k, str pool, str backend, Tensor? cu_seqlens=None, SymInt? max_seqlen=None) -> (Tensor, Tensor)",
+    "Tensor? seqused_k, str pool, str backend, Tensor? cu_seqlens=None, SymInt? max_seqlen=None, "
+    'Tensor? block_table=None, str layout="NHD") -> (Tensor, Tensor)',
     _fake,
 )
 def _score_tokens(
@@ -97,9 +118,14 @@ def _score_tokens(
     backend: str,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is not None and _checking.enabled():
-        _checking.sequences(cu_seqlens, max_seqlen, q.shape[0])
+    if _checking.enabled():
+        if cu_seqlens is not None:
+            _checking.sequences(cu_seqlens, max_seqlen, q.shape[0])
+        if block_table is not None and seqused_k is not None:
+            _checking.pages(block_table, seqused_k, k, layout)
     implementation = resolve("score_tokens", backend, q.device.type)
     scores: tuple[Tensor, Tensor] = implementation(
         q,
@@ -112,5 +138,7 @@ def _score_tokens(
         pool=pool,
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
+        block_table=block_table,
+        layout=layout,
     )
     return scores

@@ -116,10 +116,13 @@ def _fake(
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     G = 1 if pool == "layer" else k.shape[1]
-    B, shape = k.shape[0], (k.shape[0], G, k.shape[-2])
-    if cu_seqlens is not None:
-        B, shape = cu_seqlens.shape[0] - 1, (G, k.shape[0])  # type: ignore[assignment]
-    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.int32), q.new_empty((B, G), dtype=torch.int32)
+    if cu_seqlens is None:
+        B, _, N, _ = k.shape
+        indices = q.new_empty((B, G, N), dtype=torch.int32)
+    else:
+        B = cu_seqlens.shape[0] - 1
+        indices = q.new_empty((G, k.shape[0]), dtype=torch.int32)
+    return q.new_empty(q.shape), indices, q.new_empty((B, G), dtype=torch.int32)
 
 
 @cache

@@ -15,6 +15,7 @@ from zipvl_adapters import ranks
 from zipvl_adapters.attention import ATTENTION
 from zipvl_adapters.cache import ZipVLCache
 from zipvl_adapters.families import check_model
+from zipvl_adapters.parts import mlps_in_parts
 from zipvl_adapters.policy import Policy, ZipVLPolicy
 from zipvl_adapters.stats import Stats
 from zipvl_kernels._checking import enabled as checking
@@ -51,8 +52,11 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def attach(model: PreTrainedModel, policy: Policy | None = None) -> Iterator[Session]:
+def attach(model: PreTrainedModel, policy: Policy | None = None, *, mlp_rows: int | None = None) -> Iterator[Session]:
     """Within the block every `generate()` and `forward()` of `model` runs under `policy` (ZipVLPolicy() by default).
+
+    mlp_rows: the most tokens that an MLP takes at a time, None for all of a prompt. What the MLPs of a long prompt hold
+    in between is most of a prefill's peak memory; only the last bits of results change.
 
     Yields a `Session` with the cache and the statistics of what ran last. The model is as before afterwards, whatever
     happened. Raises ValueError or TypeError for a model or policy that is not supported, RuntimeError if the model is
@@ -77,6 +81,8 @@ def attach(model: PreTrainedModel, policy: Policy | None = None) -> Iterator[Ses
             undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for handle in policy.hooks(decoder):
             undo.callback(handle.remove)
+        if mlp_rows is not None:
+            undo.callback(mlps_in_parts(decoder, mlp_rows))
         yield session
 
 

@@ -72,11 +72,13 @@ class ZipVLStaticLayer(ZipVLLayer):
                 "past_key_values: expected a ZipVLStaticCache that was made ready between prefill and decoding; "
                 "call model.generate(**inputs, **cache.generate_arguments())"
             )
-        at = self.lens[:, :, None].long()  # [B, G, 1]
-        rows = at[..., None].expand_as(k)
-        self.keys.scatter_(2, rows, k)
-        self.values.scatter_(2, rows, v)
-        self.positions.scatter_(2, at, (self.seen - 1).to(torch.int32).expand_as(at))
+        # index_put_, since compiled code does that in place; a scatter_ it would do on a copy of the whole cache.
+        at = self.lens.long()  # [B, G]
+        (B, G), heads = at.shape, k.shape[1]
+        b, g, h = (torch.arange(n, device=k.device) for n in (B, G, heads))
+        self.keys.index_put_((b[:, None], h, at), k[:, :, 0])  # G is 1 or the number of heads
+        self.values.index_put_((b[:, None], h, at), v[:, :, 0])
+        self.positions.index_put_((b[:, None], g, at), (self.seen - 1).to(torch.int32))
         self.lens.add_(1)
 
     def due(self, step: Step, interval: int) -> bool:

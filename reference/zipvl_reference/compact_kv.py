@@ -33,8 +33,10 @@ def compact_kv_(
 
 
 def layers(*given: Any) -> list[tuple[Any, ...]]:
-    """The tensors of each layer, of those of one layer or lists of as many as there are layers."""
-    return [given] if isinstance(given[0], Tensor) else list(zip(*given, strict=True))
+    """What is given of each layer: of one, or lists of as many as there are layers, and tensors that all share."""
+    if isinstance(given[0], Tensor):
+        return [given]
+    return list(zip(*([x] * len(given[0]) if isinstance(x, Tensor) else x for x in given), strict=True))
 
 
 def _move(

@@ -3,21 +3,46 @@
 import torch
 from torch import Tensor
 
+from zipvl_reference.compact_kv import Layers, layers
+
 ROWS = 1024  # rows moved at a time: the extra memory
 
 
 def compact_paged_kv_(
-    k_cache: Tensor,  # "NHD": [num_blocks, block_size, Hkv, D], "HND": [num_blocks, Hkv, block_size, D]
-    v_cache: Tensor,
-    indices: Tensor,  # int32 [B, G, W]
-    counts: Tensor,  # int32 [B, G]
-    block_table: Tensor,  # int32 [B, max_blocks]
-    seqused_k: Tensor,  # int32 [B] or [B, G]
+    k_cache: Layers,  # "NHD": [num_blocks, block_size, Hkv, D], "HND": [num_blocks, Hkv, block_size, D]
+    v_cache: Layers,
+    indices: Layers,  # int32 [B, G, W]
+    counts: Layers,  # int32 [B, G]
+    block_table: Layers,  # int32 [B, max_blocks]
+    seqused_k: Layers,  # int32 [B] or [B, G]
     *,
     layout: str = "NHD",
     first_writable: Tensor | None = None,  # int32 [B]
 ) -> tuple[Tensor, Tensor]:
     """In place: row `indices[b, g, i]` of a sequence moves to its row `i`. Returns new lengths and freed blocks.
+
+    Lists have a tensor of each layer, and what is returned then has a row of each.
+    """
+    given = layers(k_cache, v_cache, indices, counts, block_table, seqused_k)
+    found = [_one_layer(*layer, layout=layout, first_writable=first_writable) for layer in given]
+    if isinstance(k_cache, Tensor):
+        return found[0]
+    seqused, freed = zip(*found, strict=True)
+    return torch.stack(seqused), torch.stack(freed)
+
+
+def _one_layer(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_table: Tensor,
+    seqused_k: Tensor,
+    *,
+    layout: str,
+    first_writable: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The operator for one layer.
 
     Rows only ever move towards the front, as in `compact_kv_`. Rows before `first_writable`, and what is not a row of
     a sequence, stay as they are whatever the arguments say.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zipvl_reference.pages import in_rows
 from zipvl_reference.sparse_attention import fp32_copy
 
 
@@ -21,11 +22,9 @@ def decode_attention(
 
     A row that sees nothing is 0, and its log-sum-exp -inf.
     """
-    if block_table is not None and layout == "NHD":
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-    (B, Hq, M, D), (Hkv, N) = q.shape, k.shape[1:3]
     if block_table is not None:
-        N *= block_table.shape[1]
+        k, v = (in_rows(pool, block_table, layout) for pool in (k, v))
+    (B, Hq, M, D), (Hkv, N) = q.shape, k.shape[1:3]
     scale = D**-0.5 if scale is None else scale
     out = torch.zeros(B, Hq, M, D, dtype=q.dtype, device=q.device)
     lse = torch.full((B, Hq, M), -torch.inf, dtype=torch.float32, device=q.device)
@@ -35,16 +34,10 @@ def decode_attention(
         for b in range(B):  # one sequence at a time: the same bits alone or in a batch
             used = seqused_k.view(B, -1)[b].view(-1, 1, 1, 1)  # [1 or Hkv, 1, 1, 1]
             at = used - M + row  # the column that each query row stands at, [., 1, M, 1]
-            K, V = (x[b] if block_table is None else _pages(x, block_table[b]) for x in (k, v))  # [Hkv, N, D]
-            scores = fp32_copy(q[b]).view(Hkv, -1, M, D) @ fp32_copy(K).mT[:, None] * scale
+            scores = fp32_copy(q[b]).view(Hkv, -1, M, D) @ fp32_copy(k[b]).mT[:, None] * scale
             scores = scores.masked_fill(column > at, -torch.inf)
-            V = fp32_copy(torch.where((column < used)[:, 0].mT, V, 0))  # 0 * NaN of an unused row is NaN
+            V = fp32_copy(torch.where((column < used)[:, 0].mT, v[b], 0))  # 0 * NaN of an unused row is NaN
             attended = torch.where(at >= 0, torch.softmax(scores, -1) @ V[:, None], 0)
             out[b] = attended.view(Hq, M, D).to(q.dtype)
             lse[b] = torch.logsumexp(scores, -1).view(Hq, M)
     return (out, lse) if return_lse else out
-
-
-def _pages(pool: Tensor, pages: Tensor) -> Tensor:
-    """The pages of one sequence in a row, `[Hkv, max_blocks * block_size, D]`; unused entries may be any number."""
-    return pool.index_select(0, pages.clamp(0, pool.shape[0] - 1)).transpose(0, 1).flatten(1, 2)

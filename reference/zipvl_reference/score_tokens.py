@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from zipvl_reference.packed import Packed
+from zipvl_reference.pages import in_rows
 from zipvl_reference.sparse_attention import fp32_copy
 
 TILE = 4096  # key columns scored at a time, so that no P x N score matrix is ever stored
@@ -21,6 +22,8 @@ def score_tokens(
     pool: str = "layer",
     cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
+    block_table: Tensor | None = None,  # int32 [B, max_blocks]; k is then a pool of pages
+    layout: str = "NHD",  # [num_blocks, block_size, Hkv, D], or "HND": [num_blocks, Hkv, block_size, D]
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`.
 
@@ -31,6 +34,10 @@ def score_tokens(
         padded = packed.heads(q), packed.heads(k), probe_rows
         a, n = score_tokens(*padded, scale=scale, seqused_k=packed.lengths, pool=pool)
         return packed.packed_groups(a), packed.packed_groups(n)
+    if block_table is not None and seqused_k is not None:
+        k = in_rows(k, block_table, layout)
+        seqused_k = seqused_k.clamp(max=k.shape[2])
+        q_start = seqused_k - q.shape[2] if q_start is None else q_start
     (B, Hq, M, D), Hkv, N = q.shape, k.shape[1], k.shape[2]
     scale = D**-0.5 if scale is None else scale
     heads = Hq if pool == "layer" else Hq // Hkv  # that share a group

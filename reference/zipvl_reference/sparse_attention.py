@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from zipvl_reference.packed import Packed
+from zipvl_reference.pages import in_rows
 
 ROWS = 1024  # query rows at a time, so that memory grows with N and not with its square
 
@@ -20,6 +21,9 @@ def sparse_attention(
     kv_compacted: bool = False,
     cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
+    seqused_k: Tensor | None = None,  # int32 [B], with a block table
+    block_table: Tensor | None = None,  # int32 [B, max_blocks]; k, v are then pools of pages
+    layout: str = "NHD",  # [num_blocks, block_size, Hkv, D], or "HND": [num_blocks, Hkv, block_size, D]
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere.
 
@@ -31,6 +35,9 @@ def sparse_attention(
         counts = counts.minimum(packed.lengths[:, None])
         out = sparse_attention(q, k, v, indices, counts, scale=scale, kv_compacted=kv_compacted)
         return packed.packed_heads(out)
+    if block_table is not None and seqused_k is not None:
+        k, v = (in_rows(pool, block_table, layout) for pool in (k, v))
+        q_start = seqused_k - q.shape[2] if q_start is None else q_start
     (B, Hq, M, D), (Hkv, N), C = q.shape, k.shape[1:3], indices.shape[-1]
     G, r = indices.shape[1], Hq // Hkv
     scale = D**-0.5 if scale is None else scale

@@ -176,6 +176,9 @@ static unsigned __ballot_sync(unsigned, bool mine) {
     return all;
 }
 
+static bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+static bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, !x) == 0; }
+
 template <class T>
 static T __shfl_sync(unsigned, T x, int lane) {
     return from_bits<T>(exchange(as_bits(x))[lane % 32]);

@@ -26,8 +26,14 @@ COUNTS = ("tests", "failures", "errors", "skipped")
 # What runs in a process of its own: a file, and the part of it.
 SHARDS = [
     ("test_large.py", ""),
+    ("test_engine.py", ""),
+    ("test_layers.py", "not pages"),
+    ("test_layers.py", "pages"),
     ("test_pages.py", "compaction"),
-    ("test_pages.py", "not compaction"),
+    ("test_pages.py", "scores and not sparse"),
+    ("test_pages.py", "sparse and not scores"),
+    ("test_pages.py", "scores and sparse"),
+    ("test_pages.py", "not compaction and not scores and not sparse"),
     *(("test_packed.py", part) for part in ("contract and auto", "contract and not auto", "not contract")),
     ("test_sanitizer.py", "racecheck or script"),
     ("test_sanitizer.py", "memcheck and scores"),

@@ -2,14 +2,24 @@
 
 import pytest
 import torch
-from cases import DEVICE, EXAMPLES, REAL, D, chosen, function, needs_gpu
-from zipvl_reference.testing import check_compact_paged_kv, check_paged_decode_attention
+from cases import DEVICE, EXAMPLES, HEADS, REAL, D, available, chosen, function, needs_gpu
+from zipvl_reference.pages import in_rows
+from zipvl_reference.testing import (
+    check_compact_paged_kv,
+    check_paged_decode_attention,
+    check_paged_score_tokens,
+    check_paged_sparse_attention,
+)
 from zipvl_reference.testing.budget import assert_same_bits
+
+import zipvl_kernels as zk
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if REAL else [torch.float32]
 PAGES = (1, 16, 24, 256) if REAL else (1, 3)
 compaction = pytest.mark.parametrize("backend", chosen("compact_paged_kv_"))
 decoding = pytest.mark.parametrize("backend", chosen("decode_attention"))
+# The only kernels of these two that read pages; "auto" takes them.
+scoring = pytest.mark.parametrize("backend", ["triton"] if "triton" in available("score_tokens") else ["auto"])
 
 
 def options(dtype):
@@ -27,6 +37,148 @@ def test_compaction(backend, dtype):
 @decoding
 def test_decoding(backend, dtype):
     check_paged_decode_attention(function("decode_attention", backend), **options(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@scoring
+def test_scores(backend, dtype):
+    check_paged_score_tokens(function("score_tokens", backend), **options(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@scoring
+def test_sparse(backend, dtype):
+    check_paged_sparse_attention(function("sparse_attention", backend), **options(dtype))
+
+
+@pytest.mark.parametrize("head_dim", [64, 256] if REAL else [24])
+@scoring
+def test_scores_and_sparse_with_other_head_dims(backend, head_dim):
+    few = options(DTYPES[0]) | {"head_dims": (head_dim,), "block_sizes": (16,), "max_examples": 2}
+    check_paged_score_tokens(function("score_tokens", backend), **few)
+    check_paged_sparse_attention(function("sparse_attention", backend), **few)
+
+
+def chunk(page, layout, *, N=2880, M=1024, seed=0, dtype=None):
+    """Queries, pools, and where the last `M` rows of two sequences are; the second is shorter, and its tail NaN."""
+    random = torch.Generator(DEVICE).manual_seed(seed)
+    (Hq, Hkv), dtype = HEADS, dtype or (torch.bfloat16 if REAL else torch.float32)
+    N, M = (N, M) if REAL else (70, 20)
+    blocks = -(-N // page)
+    shape = (2, 2 * blocks + 3, page, Hkv, D) if layout == "NHD" else (2, 2 * blocks + 3, Hkv, page, D)
+    pools = torch.randn(shape, generator=random, device=DEVICE).to(dtype)
+    table = torch.randperm(2 * blocks + 3, generator=random, device=DEVICE)[: 2 * blocks].int().view(2, blocks)
+    used = torch.tensor([N, N - N // 3], dtype=torch.int32, device=DEVICE)
+    unused = -(-int(used[1]) // page)
+    pools[:, table[1, unused:].long()] = torch.nan
+    q = torch.randn(2, M, Hq, D, generator=random, device=DEVICE).to(dtype).transpose(1, 2)
+    return q, *pools.unbind(), {"seqused_k": used, "block_table": table, "layout": layout}
+
+
+@scoring
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("page", "layout"), [(1, "HND"), (16, "NHD"), (24, "HND"), (256, "NHD")])
+@pytest.mark.parametrize("N", [2880, 32768] if REAL else [70])
+def test_scores_and_sparse_give_the_bits_of_one_buffer(backend, N, page, layout, dtype):
+    """Of the same kernels: a chunk over pages, as over rows side by side."""
+    q, k, v, pages = chunk(page, layout, N=N, dtype=dtype)
+    buffers = [in_rows(pool, pages["block_table"], layout) for pool in (k, v)]
+    used, start = pages["seqused_k"], pages["seqused_k"] - q.shape[2]
+    rows = zk.probe_rows(q.shape[2], num_recent=8, num_random=90 if REAL else 8, device=DEVICE)
+    score, attend = function("score_tokens", backend), function("sparse_attention", backend)
+    for pool in ("layer", "kv_head"):
+        got = score(q, k, rows, pool=pool, **pages)
+        wanted = score(q, buffers[0], rows, pool=pool, q_start=start, seqused_k=used)
+        for name, x, y in zip(("accumulated", "normalized"), got, wanted, strict=True):
+            assert_same_bits(f"{name}, {pool}", x, y)
+        sets = zk.select_tokens(*got, tau=0.7, seqused_k=used)
+        for kv_compacted in (False, True):
+            out = attend(q, k, v, *sets, kv_compacted=kv_compacted, **pages)
+            assert out.isfinite().all()
+            dense = attend(q, *buffers, *sets, kv_compacted=kv_compacted, q_start=start)
+            assert_same_bits(f"out, {pool}", out, dense)
+    if REAL:  # the same kernels
+        assert_same_bits("accumulated of auto", zk.score_tokens(q, k, rows, pool=pool, **pages)[0], got[0])
+        assert_same_bits("out of auto", zk.sparse_attention(q, k, v, *sets, kv_compacted=True, **pages), out)
+
+
+@scoring
+def test_scores_and_sparse_leave_no_bounds(backend):
+    """Broken tables, lengths and sets of one sequence read nothing outside, and change nothing of another's."""
+    q, k, v, pages = chunk(16, "NHD")
+    rows = zk.probe_rows(q.shape[2], num_recent=8, num_random=8, device=DEVICE)
+    score, attend = function("score_tokens", backend), function("sparse_attention", backend)
+    scores = score(q, k, rows, **pages)
+    indices, counts = zk.select_tokens(*scores, tau=0.7, seqused_k=pages["seqused_k"])
+    out = attend(q, k, v, indices, counts, **pages)
+    for number in (2**31 - 1, -(2**31), -1):
+        pages["block_table"][0], pages["seqused_k"][0] = number, 2**31 - 1
+        indices[0, 0, 3], counts[0] = number, 2**31 - 1
+        for x, y in zip(score(q, k, rows, **pages), scores, strict=True):
+            assert_same_bits("scores", x[1], y[1])
+        for kv_compacted in (False, True):
+            attend(q, k, v, indices, counts, kv_compacted=kv_compacted, **pages)
+        assert_same_bits("out", attend(q, k, v, indices, counts, **pages)[1], out[1])
+
+
+@needs_gpu
+@scoring
+def test_scores_and_sparse_of_a_large_pool(backend):
+    """The rows are in the last pages of pools of more than 2**31 elements."""
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB of free GPU memory")
+    k, v = (torch.empty(600_000, 16, 2, D, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    assert k.numel() > 2**31
+    table = torch.arange(len(k) - 200, len(k), dtype=torch.int32, device=DEVICE).flip(0)[None]
+    for x in (k, v):
+        x[-200:].normal_()
+    q = torch.randn(1, 4, 500, D, dtype=torch.bfloat16, device=DEVICE)
+    rows, used = zk.probe_rows(500, device=DEVICE), torch.tensor([3200], dtype=torch.int32, device=DEVICE)
+    score, attend = function("score_tokens", backend), function("sparse_attention", backend)
+    found = []
+    for pools, mine in (((k, v), table), ((k[-200:].clone(), v[-200:].clone()), table - (len(k) - 200))):
+        pages = {"seqused_k": used, "block_table": mine}
+        scores = score(q, pools[0], rows, **pages)
+        sets = zk.select_tokens(*scores, tau=0.7, seqused_k=used)
+        found.append((*scores, attend(q, *pools, *sets, **pages)))
+    for name, x, y in zip(("accumulated", "normalized", "out"), *found, strict=True):
+        assert_same_bits(name, x, y)
+
+
+@needs_gpu
+@scoring
+def test_scores_and_sparse_replay_with_other_inputs(backend):
+    """A chunk's scores, selection and attention, captured once, without a wait for the device."""
+    score, attend = function("score_tokens", backend), function("sparse_attention", backend)
+    rows = zk.probe_rows(1024, device=DEVICE)
+
+    def inputs(seed):
+        q, k, v, pages = chunk(16, "NHD", seed=seed)
+        return [q, k, v, pages["seqused_k"] - 100 * seed, pages["block_table"]]
+
+    def run(q, k, v, used, table):
+        pages = {"seqused_k": used, "block_table": table}
+        scores = score(q, k, rows, **pages)
+        sets = zk.select_tokens(*scores, tau=0.7, seqused_k=used)
+        return *scores, *sets, attend(q, k, v, *sets, **pages)
+
+    held = inputs(0)
+    run(*held)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(*held)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*held)
+    for seed in (1, 2):
+        for x, new in zip(held, inputs(seed), strict=True):
+            x.copy_(new)
+        graph.replay()
+        for i, (got, want) in enumerate(zip(captured, run(*inputs(seed)), strict=True)):
+            assert_same_bits(f"result {i}, replayed with seed {seed}", got, want)
 
 
 def draw(num_blocks, page=16, heads=2):

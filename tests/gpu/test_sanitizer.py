@@ -23,9 +23,9 @@ def run(*command):
     ("tool", "operators"),
     [
         ("memcheck", OPERATORS[1:3]),
-        ("memcheck", OPERATORS[3:6]),
+        ("memcheck", (*OPERATORS[3:6], "compact_paged_kv_")),
         ("memcheck", ("packed",)),
-        ("racecheck", ("select_tokens", "compact_kv_")),
+        ("racecheck", ("select_tokens", "compact_kv_", "compact_paged_kv_")),
     ],
     ids=["memcheck-scores", "memcheck-attention", "memcheck-packed", "racecheck"],
 )
@@ -42,5 +42,5 @@ def test_nothing_found(tool, operators):
 
 @pytest.mark.skipif(REAL, reason="a rehearsal for machines without a GPU")
 def test_the_script_runs():
-    done = run(sys.executable, SCRIPT, *OPERATORS[1:6], "packed")
+    done = run(sys.executable, SCRIPT, *OPERATORS[1:6], "compact_paged_kv_", "packed")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,6 +17,7 @@ from zipvl_kernels._streams import current_device, current_stream
 __all__ = [
     "Launch",
     "address",
+    "allow_large_cluster",
     "allow_shared",
     "capability",
     "check",
@@ -81,6 +82,12 @@ def allow_shared(kernel: Function, device: torch.device, size: int) -> None:
     """Lets `kernel` have so many bytes of dynamic shared memory, beyond the 48 kB that all have."""
     with torch.cuda.device(device):
         driver.funcSetAttribute(kernel.ptr, 8, size)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+def allow_large_cluster(kernel: Function, device: torch.device) -> None:
+    """Lets `kernel` have clusters of more than 8 blocks, which not every GPU has room for."""
+    with torch.cuda.device(device):
+        driver.funcSetAttribute(kernel.ptr, 14, 1)  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 
 class Launch:

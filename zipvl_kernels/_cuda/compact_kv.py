@@ -100,9 +100,9 @@ def prepared(
     (B, Hkv, N, D), listed, many = shape, max(1, layers), layers > 0
     longest = N if longest is None else min(longest, N)
     strides = [size * x for x in (*k_stride[:3], *v_stride[:3])]  # in bytes
-    row = moving.Row.of(D * size, misaligned, strides, 2 * shape[:3])
+    row = moving.Row.of(D * size, misaligned, strides, 2 * shape[:3], config.threads)
     kernel = moving.kernel("compact_kv", device, row, MOST_LAYERS if many else 1, config)
-    most = listed * 2 * B * Hkv * row.tiles(longest, config)  # tickets, whatever the sets hold
+    most = listed * 2 * row.pieces * B * Hkv * row.tiles(longest, config)  # tickets, whatever the sets hold
     blocks = max(1, min(most, config.blocks_per_sm * common.multiprocessors(device)))
     numbers = _NUMBERS.pack(*strides, *indices_stride, *counts_stride, B, Hkv, G, N, longest, listed)
     addresses = _MANY_ADDRESSES if many else _ADDRESSES

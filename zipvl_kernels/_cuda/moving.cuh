@@ -7,7 +7,8 @@
 // the other: whoever is waited for has a lower ticket, so it has started, and a block says that it has read before it
 // waits for anybody. So nobody waits forever, however many blocks, sequences and layers there are.
 //
-// Compiled with CHUNK_BYTES, the width of one load, CHUNKS, loads of a row, and LANES, threads to a row, a power of two.
+// Compiled with CHUNK_BYTES, the width of one load, CHUNKS, loads of a row, LANES, threads to a row, a power of two, and
+// PIECES, into how many pieces rows are cut that are longer than what all threads load; a piece then is as a head.
 
 #include "dependent.cuh"
 
@@ -77,7 +78,7 @@ template <class Parameters> struct Tickets {
     const unsigned chains, sets, run;
 
     __device__ Tickets(const Parameters& p, unsigned* firsts)
-        : p(p), firsts(firsts), chains(2 * (p.Hkv / p.G)), sets(p.layer_count * p.B * p.G),
+        : p(p), firsts(firsts), chains(2 * PIECES * (p.Hkv / p.G)), sets(p.layer_count * p.B * p.G),
           run((sets + THREADS - 1) / THREADS) {}
 
     __device__ unsigned of_set(unsigned set) const {
@@ -91,10 +92,12 @@ template <class Parameters> struct Tickets {
         __syncthreads();
         if (threadIdx.x < 32) {
             unsigned* const part = firsts + 1 + threadIdx.x * PART;
-            unsigned sum = 0;
-            for (int i = 0; i < PART; i++) sum += part[i];
-            sum = sum_so_far(sum) - sum;
-            for (int i = 0; i < PART; i++) part[i] = sum += part[i];
+            unsigned ends[PART], sum = 0;
+#pragma unroll
+            for (int i = 0; i < PART; i++) ends[i] = sum += part[i];
+            const unsigned before = sum_so_far(sum) - sum;
+#pragma unroll
+            for (int i = 0; i < PART; i++) part[i] = before + ends[i];
             if (threadIdx.x == 0) firsts[0] = 0;
         }
         __syncthreads();
@@ -136,31 +139,36 @@ template <class Parameters> __device__ void move_rows(const Parameters& p) {
         const unsigned number = tickets.find(ticket, first);
         const unsigned tile = (ticket - first) / tickets.chains, chain = (ticket - first) % tickets.chains;
         const Set set = p.set(number);
-        const auto rows = p.rows(number, chain / 2 * p.G + number % p.G, chain % 2);
+        const auto rows = p.rows(number, chain / 2 / PIECES * p.G + number % p.G, chain % 2);
 
         // This thread's chunk of rows `row`, `row` + AT_ONCE, ... of the set, which go to `to` and so on.
         const int row = tile * ROWS + threadIdx.x / LANES, to = set.to + row;
         const int rest = threadIdx.x % LANES < CHUNKS ? set.count - row : 0;
-        const int offset = threadIdx.x % LANES * CHUNK_BYTES;
-        int from[ITEMS], source[ITEMS], target[ITEMS];
+        const int offset = (chain / 2 % PIECES * CHUNKS + threadIdx.x % LANES) * CHUNK_BYTES;
+        int from[ITEMS], page[ITEMS];
         const int* column = set.columns + row * set.stride;
 #pragma unroll
         for (int i = 0; i < ITEMS; i++, column += AT_ONCE * set.stride) from[i] = i * AT_ONCE < rest ? *column : -1;
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
+        for (int i = 0; i < ITEMS; i++) {  // without branches, so that all pages are looked up at once
             const int place = to + i * AT_ONCE;
             const bool moves = place >= set.first && from[i] > place && from[i] < set.length;
-            source[i] = moves ? rows.page(from[i]) : -1;
-            target[i] = moves ? rows.page(place) : -1;
+            const int found = rows.page(moves ? from[i] : 0);
+            page[i] = moves ? found : -1;
         }
         Chunk held[ITEMS];
         unsigned moves = 0;  // a bit an item
 #pragma unroll
         for (int i = 0; i < ITEMS; i++)
-            if (source[i] >= 0 && target[i] >= 0) {
+            if (page[i] >= 0) {
                 moves |= 1u << i;
-                held[i] = *(const Chunk*)(rows.at(source[i], from[i]) + offset);
+                held[i] = *(const Chunk*)(rows.at(page[i], from[i]) + offset);
             }
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {  // from here on, where it goes
+            page[i] = rows.page(moves >> i & 1 ? to + i * AT_ONCE : 0);
+            if (page[i] < 0) moves &= ~(1u << i);
+        }
         unsigned reader = 0;
         if (threadIdx.x < 32) reader = last_tile_before(set.columns, set.stride, tile, set.to + tile * ROWS);
 
@@ -175,7 +183,7 @@ template <class Parameters> __device__ void move_rows(const Parameters& p) {
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < ITEMS; i++)
-            if (moves >> i & 1) *(Chunk*)(rows.at(target[i], to + i * AT_ONCE) + offset) = held[i];
+            if (moves >> i & 1) *(Chunk*)(rows.at(page[i], to + i * AT_ONCE) + offset) = held[i];
     }
 
     // The last block puts the counters back.

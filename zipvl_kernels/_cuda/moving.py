@@ -23,21 +23,24 @@ class Config(NamedTuple):
 
 
 class Row(NamedTuple):
-    """How a row is read: bytes of a load, loads, and threads, a power of two."""
+    """How a row is read: bytes of a load, loads of a piece, threads to one, a power of two, and pieces."""
 
     width: int
     chunks: int
     lanes: int
+    pieces: int
 
     @classmethod
-    def of(cls, num_bytes: int, misaligned: int, strides: Iterable[int], extents: Iterable[int]) -> "Row":
+    def of(cls, num_bytes: int, misaligned: int, strides: Iterable[int], extents: Iterable[int], threads: int) -> "Row":
         """The widest loads, 16, 8, 4 or 2 bytes, that start and strides (in bytes) of all rows allow."""
         multiples = misaligned | num_bytes | 16
         for stride, extent in zip(strides, extents, strict=True):
             if extent > 1:
                 multiples |= stride
         width = multiples & -multiples
-        return cls(width, num_bytes // width, 1 << (num_bytes // width - 1).bit_length())
+        loads = num_bytes // width
+        pieces = next(n for n in range(1, loads + 1) if loads % n == 0 and loads // n <= threads)
+        return cls(width, loads // pieces, 1 << (loads // pieces - 1).bit_length(), pieces)
 
     def tiles(self, rows: int, config: Config) -> int:
         """How many tiles of a block's rows cover `rows`."""
@@ -60,6 +63,6 @@ def of_layers(*given: Layers) -> tuple[list[Tensor], list[int], int]:
 def kernel(name: str, device: torch.device, row: Row, room: int, config: Config, **defined: int) -> Function:
     """The kernel of NAME.cu with room for so many layers."""
     architecture = "sm_{}{}".format(*common.capability(device))
-    shape = {"CHUNK_BYTES": row.width, "CHUNKS": row.chunks, "LANES": row.lanes, "LAYERS": room}
+    shape = {"CHUNK_BYTES": row.width, "CHUNKS": row.chunks, "LANES": row.lanes, "PIECES": row.pieces}
     block = {"THREADS": config.threads, "ITEMS": config.items, "BLOCKS_PER_SM": config.blocks_per_sm}
-    return common.load(name, architecture, device, **shape, **block, **defined)
+    return common.load(name, architecture, device, **shape, **block, LAYERS=room, **defined)

@@ -165,8 +165,9 @@ __device__ __forceinline__ void multiply_tile(float (&s)[64], Shared& sh, u32 k_
 
 // Scores of a tile into the running maximum and sum of a thread's two rows; `reach`: the last column that a row sees.
 __device__ __forceinline__ void add_scores(float (&s)[64], const int (&reach)[2], float (&largest)[2], float (&total)[2], float scale) {
-    if (reach[0] < 0 && reach[1] < 0) return;
-    if (reach[0] < TILE - 1 || reach[1] < TILE - 1) {
+    if (__all_sync(~0u, reach[0] < 0 && reach[1] < 0)) return;
+    bool cut = (reach[0] >= 0 && reach[0] < TILE - 1) || (reach[1] >= 0 && reach[1] < TILE - 1);
+    if (__any_sync(~0u, cut)) {  // seldom: a row that sees none of the columns need not be masked
         int lane = threadIdx.x % 4 * 2;
 #pragma unroll
         for (int i = 0; i < 64; ++i)
@@ -177,14 +178,15 @@ __device__ __forceinline__ void add_scores(float (&s)[64], const int (&reach)[2]
         float above = s[2 * h], also = s[2 * h + 1];  // two chains, of even and odd columns
 #pragma unroll
         for (int j = 1; j < 16; ++j) above = fmaxf(above, s[4 * j + 2 * h]), also = fmaxf(also, s[4 * j + 2 * h + 1]);
-        above = fmaxf(largest[h], fmaxf(above, also) * scale);
+        bool sees = reach[h] >= 0;
+        above = sees ? fmaxf(largest[h], fmaxf(above, also) * scale) : largest[h];
         float sum = 0, rest = 0;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
             sum += exp2_fast(fmaf(s[4 * j + 2 * h], scale, -above));
             rest += exp2_fast(fmaf(s[4 * j + 2 * h + 1], scale, -above));
         }
-        total[h] = fmaf(total[h], exp2_fast(largest[h] - above), sum + rest);
+        total[h] = sees ? fmaf(total[h], exp2_fast(largest[h] - above), sum + rest) : total[h];
         largest[h] = above;
     }
 }
@@ -256,33 +258,63 @@ __device__ __forceinline__ float merge_splits(const Params& p, const Sequence& x
     if (probe >= p.P) return -infinity();
     const float* lse = p.lse + ((i64)(b * p.Hq + head) * p.splits + x.lse) * p.P + probe;
     float above = -3e38f, total = 0;
-#pragma unroll 8
-    for (int i = 0; i < x.splits; ++i) above = fmaxf(above, lse[(i64)i * p.P]);
-#pragma unroll 8
-    for (int i = 0; i < x.splits; ++i) total += exp2_fast(lse[(i64)i * p.P] - above);
+    for (int i = 0; i < x.splits; i += 8) {
+        float some[8], largest = above;  // all on their way at a time
+#pragma unroll
+        for (int j = 0; j < 8; ++j) some[j] = i + j < x.splits ? lse[(i64)(i + j) * p.P] : -infinity();
+#pragma unroll
+        for (int j = 0; j < 8; ++j) largest = fmaxf(largest, some[j]);
+        total *= exp2_fast(above - largest);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) total += exp2_fast(some[j] - largest);
+        above = largest;
+    }
     return total > 0 ? -above - log2f(total) : -infinity();
 }
 
-// Sums of a thread's two rows (keys) over the probes that see them, added to `sums` by the first of its four lanes.
+// Sums of a thread's two rows (keys, the first at `column`) over the probes that see them, added to `sums` by the first
+// of its four lanes.
 __device__ __forceinline__ void add_weights(const float (&s)[64], const float* less, const int* at, int column, float scale, float* sums) {
-    int lane = threadIdx.x % 4;
+    int lane = threadIdx.x % 32, quad = lane % 4, first = column - lane / 4;  // of the warp's 16 keys
     float even[2] = {0, 0}, odd[2] = {0, 0};
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-        float2 offset = *(const float2*)(less + 8 * j + 2 * lane);
-        int2 seen = *(const int2*)(at + 8 * j + 2 * lane);
+    for (int c = 0; c < 4; ++c) {
+        // Of 32 probes, which see the first of these keys, and which the last. Few lie between.
+        int last = at[32 * c + lane];
+        u32 some = __ballot_sync(~0u, last >= first), all = __ballot_sync(~0u, last >= first + 15);
+        if (!some) continue;
+        if (some == all) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float x = exp2_fast(fmaf(s[4 * j + 2 * h], scale, offset.x));
-            float y = exp2_fast(fmaf(s[4 * j + 2 * h + 1], scale, offset.y));
-            even[h] += column + 8 * h <= seen.x ? x : 0;
-            odd[h] += column + 8 * h <= seen.y ? y : 0;
+            for (int j = 4 * c; j < 4 * c + 4; ++j) {
+                float2 offset = *(const float2*)(less + 8 * j + 2 * quad);
+                u32 seen = all >> 8 * (j % 4) + 2 * quad;
+                if (!(seen & 1)) offset.x = -infinity();
+                if (!(seen & 2)) offset.y = -infinity();
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    even[h] += exp2_fast(fmaf(s[4 * j + 2 * h], scale, offset.x));
+                    odd[h] += exp2_fast(fmaf(s[4 * j + 2 * h + 1], scale, offset.y));
+                }
+            }
+        } else {
+#pragma unroll
+            for (int j = 4 * c; j < 4 * c + 4; ++j) {
+                float2 offset = *(const float2*)(less + 8 * j + 2 * quad);
+                int2 seen = *(const int2*)(at + 8 * j + 2 * quad);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float x = exp2_fast(fmaf(s[4 * j + 2 * h], scale, offset.x));
+                    float y = exp2_fast(fmaf(s[4 * j + 2 * h + 1], scale, offset.y));
+                    even[h] += column + 8 * h <= seen.x ? x : 0;
+                    odd[h] += column + 8 * h <= seen.y ? y : 0;
+                }
+            }
         }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         float sum = sum_of_four_lanes(even[h] + odd[h]);
-        if (lane == 0) sums[8 * h] += sum;
+        if (quad == 0) sums[8 * h] += sum;
     }
 }
 

@@ -39,8 +39,12 @@ def lacks(
     pool: str = "layer",
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
+    if block_table is not None:
+        return "block_table: expected None, since pages are read by the Triton kernel alone"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[-1] not in HEAD_DIMS:
@@ -69,6 +73,8 @@ def score_tokens(
     pool: str = "layer",
     cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it.
 

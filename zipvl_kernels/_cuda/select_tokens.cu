@@ -8,10 +8,12 @@
 //
 // The blocks of a cluster have a histogram each. Each block adds up its share of the bins over all of them and tells
 // all the totals (distributed shared memory); then every block scans the same totals and finds the same threshold.
-// The scores are read again for every digit, from L1. Integers make every order of the additions give the same bits.
+// Few columns are read once and stay in registers; more are read again for every digit, from L1. Integers make every
+// order of the additions give the same bits.
 //
-// Given from outside: THREADS of a block, CLUSTER blocks a set, BY_RATIO 0 or 1, and PACKED 1 for sequences one after the
-// other: then scores and indices are [G, T], strides of a batch 0, and N is the longest length.
+// Given from outside: THREADS of a block, CLUSTER blocks a set, HELD columns a thread has in registers, 0 for more than
+// that, BY_RATIO 0 or 1, and PACKED 1 for sequences one after the other: then scores and indices are [G, T], strides of a
+// batch 0, and N is the longest length.
 
 #include "dependent.cuh"
 #include "packed.cuh"
@@ -25,7 +27,9 @@ constexpr u64 MOST = 0x7FFFFFFFFFFFFFFF;  // where masses and sums saturate
 constexpr u32 WARPS = THREADS / 32;
 constexpr u32 MASS_BITS = 10, MASS_BINS = 1 << MASS_BITS;
 constexpr u32 KEY_BINS = 1 << 11;
+#if !HELD
 constexpr u32 AT_ONCE = 4;  // loads in flight a thread
+#endif
 
 static_assert(THREADS % 32 == 0 && THREADS <= MASS_BINS && MASS_BINS % THREADS == 0);
 
@@ -135,6 +139,24 @@ struct Columns {
     u32 first, end;                 // valid
     u32 forced_below, forced_from;  // columns kept whatever their scores: [first, below), [from, end)
     u32 begin, stop;                // this warp's; all lanes go on together, beyond `stop` too
+#if HELD
+    u32 masses[HELD], keys[HELD];  // of this lane's columns, 32 apart
+
+    __device__ __forceinline__ void read() {
+        u32 lane = threadIdx.x % 32;
+        float a[HELD], x[HELD];
+#pragma unroll
+        for (u32 i = 0; i < HELD; ++i) {
+            a[i] = BY_RATIO ? 0 : mass_score(begin + 32 * i + lane);
+            x[i] = score(begin + 32 * i + lane);
+        }
+#pragma unroll
+        for (u32 i = 0; i < HELD; ++i) {
+            masses[i] = mass_key(a[i]);
+            keys[i] = key(begin + 32 * i + lane, x[i]);
+        }
+    }
+#endif
 
     __device__ __forceinline__ float mass_score(u32 j) const {
         return j < stop ? __ldg(accumulated + j * a_n) : 0;
@@ -153,6 +175,15 @@ struct Columns {
 template <bool MASSES, bool KEYS, typename See>
 __device__ __forceinline__ void visit(const Columns& c, See see) {
     u32 lane = threadIdx.x % 32;
+#if HELD
+#pragma unroll
+    for (u32 i = 0; i < HELD; ++i) {
+        if (c.begin + 32 * i >= c.stop)
+            return;
+        u32 j = c.begin + 32 * i + lane;
+        see(j, j < c.stop, c.masses[i], c.keys[i]);
+    }
+#else
     for (u32 start = c.begin; start < c.stop; start += 32 * AT_ONCE) {
         float a[AT_ONCE], x[AT_ONCE];
 #pragma unroll
@@ -166,6 +197,7 @@ __device__ __forceinline__ void visit(const Columns& c, See see) {
             see(j, j < c.stop, MASSES ? mass_key(a[i]) : 0, KEYS ? c.key(j, x[i]) : 0);
         }
     }
+#endif
 }
 
 // --- histograms -----------------------------------------------------------------------------------------------------
@@ -232,7 +264,7 @@ __device__ __forceinline__ void combine(Shared& s, u32 prefix, u32 shift) {
              bin += THREADS) {
             u32 count = 0;
             u64 middle = 0, low = 0;
-#pragma unroll 4  // more take registers that 1024 threads do not have
+#pragma unroll 2  // more take registers that 1024 threads do not have
             for (u32 r = 0; r < CLUSTER; ++r) {
                 count += *of_peer(s.count + bin, r);
                 middle += *of_peer(s.middle + bin, r);
@@ -495,6 +527,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         u32 run = (n + RUNS - 1) / RUNS * 32;
         c.begin = c.first + (rank * WARPS + threadIdx.x / 32) * run;
         c.stop = c.begin + run < c.end ? c.begin + run : c.end;
+#if HELD
+        c.read();
+#endif
 
         first_digits(s, c);
         kept = BY_RATIO ? u32(ceil(p.share * double(n))) : count_by_mass(s, c, p.share);

@@ -13,6 +13,7 @@ MOST_COLUMNS = 1 << 22  # sums of 10 bits stay within 32
 THREADS = 1024
 COLUMNS = 4096  # that one block takes before the set is worth another
 MOST_BLOCKS = 8  # of a cluster, on every GPU that has clusters
+HELD = 4  # columns that a thread keeps in registers, where there are no more for it
 _ADDRESSES, _NUMBERS = struct.Struct("=7Q"), struct.Struct("=6qd6i")
 
 
@@ -121,7 +122,8 @@ def prepared(
     share = tau if keep_ratio is None else keep_ratio
     firsts = min(keep_first, N), min(keep_recent, N)
     numbers = _NUMBERS.pack(*accumulated_stride, *normalized_stride, share, G, N, *firsts, B, T)
-    kernel = _kernel(device, threads, blocks, keep_ratio is not None, packed is not None)
+    held = 0 if HELD * threads * blocks < N else HELD
+    kernel = _kernel(device, threads, blocks, held, keep_ratio is not None, packed is not None)
     return common.Launch(kernel, device, B * G * blocks, threads, _ADDRESSES, numbers)
 
 
@@ -136,7 +138,10 @@ def _blocks(device: torch.device, sets: int, N: int) -> int:
 
 
 @cache
-def _kernel(device: torch.device, threads: int, blocks: int, by_ratio: bool, packed: bool) -> Function:
+def _kernel(device: torch.device, threads: int, blocks: int, held: int, by_ratio: bool, packed: bool) -> Function:
     architecture = "sm_{}{}".format(*common.capability(device))
-    defined = {"THREADS": threads, "CLUSTER": blocks, "BY_RATIO": int(by_ratio), "PACKED": int(packed)}
-    return common.load("select_tokens", architecture, device, **defined)
+    defined = {"THREADS": threads, "CLUSTER": blocks, "HELD": held, "BY_RATIO": int(by_ratio), "PACKED": int(packed)}
+    kernel = common.load("select_tokens", architecture, device, **defined)
+    if blocks > MOST_BLOCKS:
+        common.allow_large_cluster(kernel, device)
+    return kernel

@@ -34,8 +34,13 @@ def lacks(
     kv_compacted: bool = False,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
+    if block_table is not None:
+        return "block_table: expected None, since pages are read by the Triton kernel alone"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[-1] not in STAGES:
@@ -66,6 +71,9 @@ def sparse_attention(
     kv_compacted: bool = False,
     cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
     return launch(q, k, v, indices, counts, scale, q_start, cu_seqlens, max_seqlen)

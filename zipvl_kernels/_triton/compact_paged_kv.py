@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from zipvl_reference.compact_kv import Layers, layers
 
 from zipvl_kernels._tickets import tickets
 from zipvl_kernels._triton import common
@@ -14,24 +15,48 @@ ROWS = 64  # of a tile
 
 
 def compact_paged_kv_(
-    k_cache: Tensor,  # "NHD": [num_blocks, block_size, Hkv, D], "HND": [num_blocks, Hkv, block_size, D]
-    v_cache: Tensor,
-    indices: Tensor,  # int32 [B, G, W]
-    counts: Tensor,  # int32 [B, G]
-    block_table: Tensor,  # int32 [B, max_blocks]
-    seqused_k: Tensor,  # int32 [B] or [B, G]
+    k_cache: Layers,  # "NHD": [num_blocks, block_size, Hkv, D], "HND": [num_blocks, Hkv, block_size, D]
+    v_cache: Layers,
+    indices: Layers,  # int32 [B, G, W]
+    counts: Layers,  # int32 [B, G]
+    block_table: Layers,  # int32 [B, max_blocks]
+    seqused_k: Layers,  # int32 [B] or [B, G]
     *,
     layout: str = "NHD",
     first_writable: Tensor | None = None,  # int32 [B]
 ) -> tuple[Tensor, Tensor]:
-    """In place: row `indices[b, g, i]` of a sequence moves to row `i`. Returns new lengths and freed blocks."""
+    """In place: row `indices[b, g, i]` of a sequence moves to row `i`. Returns new lengths and freed blocks.
+
+    Lists have a tensor of each layer, and what is returned then has a row of each; a launch a layer.
+    """
+    given = layers(k_cache, v_cache, indices, counts, block_table, seqused_k)
+    (B, G), device = given[0][3].shape, given[0][3].device
+    seqused = torch.empty((len(given), B) if G == 1 else (len(given), B, G), dtype=torch.int32, device=device)
+    freed = torch.empty(len(given), B, dtype=torch.int32, device=device)
+    for layer, lengths, blocks in zip(given, seqused, freed, strict=True):
+        _launch(*layer, layout=layout, first_writable=first_writable, seqused=lengths, freed=blocks)
+    return (seqused[0], freed[0]) if isinstance(k_cache, Tensor) else (seqused, freed)
+
+
+def _launch(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_table: Tensor,
+    seqused_k: Tensor,
+    *,
+    layout: str,
+    first_writable: Tensor | None,
+    seqused: Tensor,
+    freed: Tensor,
+) -> None:
+    """One layer, into `seqused` and `freed`."""
     if layout == "NHD":
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     (num_blocks, Hkv, page, D), (B, G, W) = k_cache.shape, indices.shape
-    seqused = torch.empty((B,) if G == 1 else (B, G), dtype=torch.int32, device=k_cache.device)
-    freed = torch.empty(B, dtype=torch.int32, device=k_cache.device)
     if B == 0:
-        return seqused, freed
+        return
     capacity = block_table.shape[1] * page
     tiles = max(1, common.pieces(min(W, capacity), ROWS))  # one for the lengths, at least
     programs = tiles * B * Hkv
@@ -74,7 +99,6 @@ def compact_paged_kv_(
         PAGE=page,
         num_warps=min(16, max(4, row_bytes // 64)),  # a thread's part of a tile fits its registers
     )
-    return seqused, freed
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zipvl_kernels._triton import common
 from zipvl_kernels._triton.common import interpreting, shared_kilobytes
+from zipvl_kernels._triton.pages import in_pool
 
 MAX_HEAD_DIM = 256
 SPLIT = 512  # rows of the cache
@@ -184,9 +185,7 @@ def _split(  # type: ignore[no-untyped-def]
             k_at = wide * k_n
             v_at = wide * v_n
         else:
-            page = tl.load(block_table + b * table_b + (j // PAGE).to(tl.int64) * table_n, mask=j < used, other=0)
-            page = tl.minimum(tl.maximum(page, 0), num_blocks - 1).to(tl.int64)  # reads nothing outside of the pool
-            wide = (j % PAGE).to(tl.int64)
+            page, wide = in_pool(block_table + b * table_b, j, j < used, table_n, num_blocks, PAGE)
             k_at = page * k_b + wide * k_n
             v_at = page * v_b + wide * v_n
         K = tl.load(k + k_at[None, :] + d[:, None], mask=(j < used) & (d < D)[:, None], other=0)  # [D, N]

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zipvl_kernels._triton import common
-from zipvl_kernels._triton.common import dense, interpreting, of_each, sequence
+from zipvl_kernels._triton.common import dense, interpreting, of_each, sequence, shared_kilobytes
+from zipvl_kernels._triton.pages import in_pool, stages
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 32  # of the columns, in the first launch
@@ -45,19 +46,26 @@ def score_tokens(
     pool: str = "layer",
     cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
+    block_table: Tensor | None = None,  # int32 [B, max_blocks]
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
     """Column sums of the probes' causal softmax, and their mean over the heads and probes that see it, `[B, G, N]`.
 
     With `cu_seqlens` of packed `q [T, Hq, D]` and `k [T, Hkv, D]`, `[G, T]`.
     """
+    if block_table is not None and layout == "NHD":
+        k = k.transpose(1, 2)
     N = k.shape[-2] if max_seqlen is None else min(max_seqlen, k.shape[0])
+    if block_table is not None:
+        N *= block_table.shape[1]
     config = (*tiles(q.dtype, q.shape[-1]), *programs(N))
-    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, *config, cu_seqlens, max_seqlen)
+    where = cu_seqlens, max_seqlen, block_table
+    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, *config, *where)
 
 
 def launch(
     q: Tensor,
-    k: Tensor,
+    k: Tensor,  # with a block table [num_blocks, Hkv, block_size, D]
     probe_rows: Tensor,
     scale: float | None,
     q_start: Tensor | None,
@@ -72,6 +80,7 @@ def launch(
     column_programs: int,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator with tiles of a given size, and about so many programs a sequence in each launch."""
     if q.shape[-1] > MAX_HEAD_DIM:
@@ -80,7 +89,11 @@ def launch(
         q, k = of_each(q, cu_seqlens), of_each(k, cu_seqlens)
     B, Hq, M, D = q.shape
     Hkv, T = k.shape[1:3]
-    N, P = T, probe_rows.shape[-1]
+    page, P = 0, probe_rows.shape[-1]
+    if block_table is not None:
+        T, page = T * block_table.shape[1], T
+        num_stages = stages(num_stages, 1) if shared_kilobytes(q.device) > 64 else 1
+    N = T
     if max_seqlen is not None:
         M = N = min(max_seqlen, T)
     G = 1 if pool == "layer" else Hkv
@@ -118,6 +131,7 @@ def launch(
         dense(leftpad_k),
         dense(seqused_k),
         dense(cu_seqlens),
+        block_table,
         lse,
         arrived,
     )
@@ -126,6 +140,7 @@ def launch(
         *k.stride()[:3],
         rows_b,
         probe_rows.stride(-1),
+        *((0, 0, 0) if block_table is None else (*block_table.stride(), k.shape[0])),
         (D**-0.5 if scale is None else scale) * math.log2(math.e) or 1e-30,  # times -inf, 0 would be NaN
         T,
         M,
@@ -139,6 +154,7 @@ def launch(
         "BLOCK_D": max(16, common.power_of_2(D)),
         "BLOCK_P": block_p,
         "BLOCK_N": block_n,
+        "PAGE": page,
         "MAX_SPLITS": MAX_SPLITS,
         "SHORT": SHORT,
         "FEW": FEW,
@@ -173,9 +189,9 @@ def _pieces(N, programs, units, most, BLOCK_N: tl.constexpr, SHORT: tl.constexpr
     return tl.cdiv(N, shares * BLOCK_N) * BLOCK_N
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _probes(  # type: ignore[no-untyped-def]
-    rows, q_start, leftpad_k, seqused_k, b, number, rows_b, rows_p, M, N, P
+    rows, q_start, leftpad_k, seqused_k, b, number, rows_b, rows_p, M, N, P, PAGE: tl.constexpr
 ):
     """For probes of the given numbers: their rows, the last column that each sees (-1: none), and the first valid."""
     first = 0
@@ -185,6 +201,8 @@ def _probes(  # type: ignore[no-untyped-def]
     if seqused_k is not None:
         end = tl.minimum(tl.load(seqused_k + b), N)
     start = N - M
+    if PAGE > 0:  # the last query row stands at the last used row
+        start = end - M
     if q_start is not None:
         start = tl.load(q_start + b)
     row = tl.load(rows + b * rows_b + number.to(tl.int64) * rows_p, mask=number < P, other=-1)
@@ -210,12 +228,13 @@ def _queries(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _row_sums(  # type: ignore[no-untyped-def]
     q,  # [B, Hq, M, D]
-    k,  # [B, Hkv, N, D]
+    k,  # [B, Hkv, N, D], or [num_blocks, Hkv, PAGE, D]
     rows,  # [P] or [B, P]
     q_start,  # [B] or None
     leftpad_k,  # [B] or None
     seqused_k,  # [B] or None
     cu_seqlens,  # [B + 1] or None: q, k and scores are of all sequences
+    block_table,  # [B, N / PAGE] or None
     lse,  # [B, Hq, splits, P], written: log2 of the sum of exp2 of a probe's scores over a split
     arrived,  # [B, G, spans], cleared for the next launch
     q_b,
@@ -226,6 +245,9 @@ def _row_sums(  # type: ignore[no-untyped-def]
     k_n,
     rows_b,
     rows_p,
+    table_b,
+    table_n,
+    num_blocks,
     scale,  # in powers of two
     T,  # columns of k and of scores
     M,
@@ -240,6 +262,7 @@ def _row_sums(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,  # rows of a page; 0: there are no pages
     COUNTERS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     SHORT: tl.constexpr,
@@ -259,7 +282,9 @@ def _row_sums(  # type: ignore[no-untyped-def]
     b = (pid // blocks // splits // Hq).to(tl.int64)
     h = kv * shared + part
     q += b * q_b + h.to(tl.int64) * q_h
-    k += b * k_b + kv.to(tl.int64) * k_h
+    k += kv.to(tl.int64) * k_h
+    if PAGE == 0:
+        k += b * k_b
     if cu_seqlens is not None:
         start, N = sequence(cu_seqlens, b, T, N)
         M = N
@@ -269,7 +294,7 @@ def _row_sums(  # type: ignore[no-untyped-def]
         split = _pieces(N, split, units, MAX_SPLITS, BLOCK_N, SHORT, FEW)
 
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
-    row, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+    row, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
     Q = _queries(q, row, at, q_m, scale, D, BLOCK_D, UPCAST)  # [P, D]
     scale = tl.abs(scale)
     d = tl.arange(0, BLOCK_D)  # [D]
@@ -280,7 +305,11 @@ def _row_sums(  # type: ignore[no-untyped-def]
     for j in range(begin, end, BLOCK_N):
         column = j + tl.arange(0, BLOCK_N)  # [N]
         inside = (column < end) & (d < D)[:, None]
-        K = tl.load(k + column.to(tl.int64)[None, :] * k_n + d[:, None], mask=inside, other=0)  # [D, N]
+        if PAGE == 0:
+            K = tl.load(k + column.to(tl.int64)[None, :] * k_n + d[:, None], mask=inside, other=0)  # [D, N]
+        else:
+            page, at_row = in_pool(block_table + b * table_b, column, column < end, table_n, num_blocks, PAGE)
+            K = tl.load(k + (page * k_b + at_row * k_n)[None, :] + d[:, None], mask=inside, other=0)
         if UPCAST:
             K = K.to(tl.float32)
         scores = tl.dot(Q, K, input_precision="ieee")  # [P, N]
@@ -295,12 +324,13 @@ def _row_sums(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _column_sums(  # type: ignore[no-untyped-def]
     q,  # [B, Hq, M, D]
-    k,  # [B, Hkv, N, D]
+    k,  # [B, Hkv, N, D], or [num_blocks, Hkv, PAGE, D]
     rows,  # [P] or [B, P]
     q_start,  # [B] or None
     leftpad_k,  # [B] or None
     seqused_k,  # [B] or None
     cu_seqlens,  # [B + 1] or None: q, k and scores are of all sequences
+    block_table,  # [B, N / PAGE] or None
     lse,  # [B, Hq, splits, P]
     arrived,  # [B, G, spans], programs of a span that are done
     partial,  # [B, G, parts, N]
@@ -314,6 +344,9 @@ def _column_sums(  # type: ignore[no-untyped-def]
     k_n,
     rows_b,
     rows_p,
+    table_b,
+    table_n,
+    num_blocks,
     scale,  # in powers of two
     T,  # columns of k and of scores
     M,
@@ -333,6 +366,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     SHORT: tl.constexpr,
     FEW: tl.constexpr,
@@ -344,7 +378,8 @@ def _column_sums(  # type: ignore[no-untyped-def]
     g = pid // spans // parts % G
     b = (pid // spans // parts // G).to(tl.int64)
     q += b * q_b
-    k += b * k_b
+    if PAGE == 0:
+        k += b * k_b
     partial += b * scores_b * parts
     accumulated += b * scores_b
     normalized += b * scores_b
@@ -365,7 +400,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     first = 0
     for block in range(blocks):
         p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-        _, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+        _, at, first = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
         last = tl.maximum(last, at)
     begin = tl.maximum(place * span, first)
     end = tl.minimum((place + 1) * span, tl.max(last, 0) + 1)  # no probe sees a column from here on
@@ -376,7 +411,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     for item in range(part * blocks):
         h = (head + item // blocks).to(tl.int64)
         p = item % blocks * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
-        row, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+        row, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
         Q = tl.trans(_queries(q + h * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST))  # [D, P]
         s = tl.arange(0, SPLITS)[:, None]
         part_at = lse + ((b * Hq + h) * splits + s) * P + p  # [S, P]
@@ -387,9 +422,12 @@ def _column_sums(  # type: ignore[no-untyped-def]
         k_h_at = k + h // shared * k_h
         for j in range(begin, end, BLOCK_N):
             column = j + n  # [N]
-            K = tl.load(
-                k_h_at + column.to(tl.int64)[:, None] * k_n + d, mask=(column < end)[:, None] & (d < D), other=0
-            )  # [N, D]
+            inside = (column < end)[:, None] & (d < D)
+            if PAGE == 0:
+                K = tl.load(k_h_at + column.to(tl.int64)[:, None] * k_n + d, mask=inside, other=0)  # [N, D]
+            else:
+                page, at_row = in_pool(block_table + b * table_b, column, column < end, table_n, num_blocks, PAGE)
+                K = tl.load(k_h_at + (page * k_b + at_row * k_n)[:, None] + d, mask=inside, other=0)
             if UPCAST:
                 K = K.to(tl.float32)
             scores = tl.dot(K, Q, input_precision="ieee")  # [N, P]
@@ -412,7 +450,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
             seen = tl.zeros([BLOCK_N], tl.int32)  # [N], how many probes see a column
             for block in range(blocks):
                 p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-                _, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P)
+                _, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
                 seen += tl.sum((column[:, None] <= at).to(tl.int32), 1)
             mean = total / (tl.maximum(seen, 1) * (part * parts)).to(tl.float32)
             result = g.to(tl.int64) * T + column

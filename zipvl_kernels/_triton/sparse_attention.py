@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zipvl_kernels._triton import common
 from zipvl_kernels._triton.common import dense, interpreting, of_each, sequence, shared_kilobytes
+from zipvl_kernels._triton.pages import in_pool, stages
 
 MAX_HEAD_DIM = 256
 ZERO_ROWS, ZERO_HEADS = 64, 8  # rows outside the set are cleared in blocks of so many, for so many heads
@@ -46,18 +47,24 @@ def sparse_attention(
     kv_compacted: bool = False,
     cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int | None = None,
+    seqused_k: Tensor | None = None,  # int32 [B], with a block table
+    block_table: Tensor | None = None,  # int32 [B, max_blocks]
+    layout: str = "NHD",
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere.
 
     With `cu_seqlens` of packed `q [T, Hq, D]`, `k, v [T, Hkv, D]` and `indices [G, T]`.
     """
     config = tiles(q.dtype, q.shape[-1], shared_kilobytes(q.device))
-    return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *config, cu_seqlens, max_seqlen)
+    if block_table is not None and layout == "NHD":
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    where = cu_seqlens, max_seqlen, seqused_k, block_table
+    return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *config, *where)
 
 
 def launch(
     q: Tensor,
-    k: Tensor,
+    k: Tensor,  # with a block table [num_blocks, Hkv, block_size, D]
     v: Tensor,
     indices: Tensor,
     counts: Tensor,
@@ -70,6 +77,8 @@ def launch(
     num_stages: int,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """The operator with tiles of a given size."""
     if q.shape[-1] > MAX_HEAD_DIM:
@@ -85,17 +94,21 @@ def launch(
     B, Hq, M, D = q.shape
     Hkv, N = k.shape[1:3]
     G, C = indices.shape[1:]
+    page = 0
+    if block_table is not None:
+        N, page = N * block_table.shape[1], N
+        num_stages = stages(num_stages, 1 if kv_compacted else 2)
     if max_seqlen is not None:
         M = N = C = min(max_seqlen, T)
     if B == 0 or M == 0:
         return out
-    most = min(C, N) if kv_compacted else C  # of a set
+    most = min(C, N) if kv_compacted or page else C  # of a set
     attend = common.pieces(most, block_m) * B * Hq
     zero = common.pieces(M, ZERO_ROWS) * B * G * common.pieces(Hq // G, ZERO_HEADS)
     common.launch(
         _kernel,
         (attend + zero,),
-        (q, k, v, out, indices, counts, dense(q_start), dense(cu_seqlens)),
+        (q, k, v, out, indices, counts, dense(q_start), dense(cu_seqlens), dense(seqused_k), block_table),
         (
             *q.stride()[:3],
             *k.stride()[:3],
@@ -103,6 +116,7 @@ def launch(
             *out_strides,
             *indices.stride(),
             *counts.stride(),
+            *((0, 0, 0, 0) if block_table is None else (*block_table.stride(), k.shape[0], N)),
             (D**-0.5 if scale is None else scale) * math.log2(math.e),
             attend,
             T,
@@ -122,6 +136,7 @@ def launch(
         ZERO_ROWS=ZERO_ROWS,
         ZERO_HEADS=ZERO_HEADS,
         COMPACTED=kv_compacted,
+        PAGE=page,
         UPCAST=interpreting(),
         num_warps=num_warps,
         num_stages=num_stages,
@@ -129,16 +144,29 @@ def launch(
     return out
 
 
+@triton.jit
+def _start(q_start, seqused_k, b, M, default_start):  # type: ignore[no-untyped-def]
+    """The column of query row 0."""
+    start = default_start
+    if q_start is not None:
+        start = tl.load(q_start + b)
+    elif seqused_k is not None:
+        start = tl.load(seqused_k + b) - M
+    return start
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     q,  # [B, Hq, M, D]
-    k,  # [B, Hkv, N, D]
-    v,  # [B, Hkv, N, D]
+    k,  # [B, Hkv, N, D], or [num_blocks, Hkv, PAGE, D]
+    v,
     out,  # [B, Hq, M, D], dense
     indices,  # [B, G, C]
     counts,  # [B, G]
     q_start,  # [B] or None
     cu_seqlens,  # [B + 1] or None: q, k, v, out and indices are of all sequences
+    seqused_k,  # [B], or None where there are no pages
+    block_table,  # [B, N / PAGE] or None
     q_b,
     q_h,
     q_m,
@@ -156,6 +184,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     indices_n,
     counts_b,
     counts_g,
+    table_b,
+    table_n,
+    num_blocks,
+    N,  # rows of a table
     scale,  # in powers of two
     attend,  # how many programs attend; the rest clear rows
     T,  # rows of all packed sequences
@@ -174,6 +206,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     ZERO_ROWS: tl.constexpr,
     ZERO_HEADS: tl.constexpr,
     COMPACTED: tl.constexpr,
+    PAGE: tl.constexpr,  # rows of a page; 0: there are no pages
     UPCAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -188,9 +221,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         blocks = tl.cdiv(M, ZERO_ROWS)
         b = (pid // shares // G // blocks).to(tl.int64)
         row = pid // shares // G % blocks * ZERO_ROWS + tl.arange(0, ZERO_ROWS)  # [R]
-        start = default_start
-        if q_start is not None:
-            start = tl.load(q_start + b)
+        start = _start(q_start, seqused_k, b, M, default_start)
         columns = indices + b * indices_b + g.to(tl.int64) * indices_g
         out += b * out_b
         if cu_seqlens is not None:
@@ -226,8 +257,11 @@ def _kernel(  # type: ignore[no-untyped-def]
     g = kv % G
     columns = indices + b * indices_b + g.to(tl.int64) * indices_g
     q += b * q_b + h.to(tl.int64) * q_h
-    k += b * k_b + kv.to(tl.int64) * k_h
-    v += b * v_b + kv.to(tl.int64) * v_h
+    k += kv.to(tl.int64) * k_h
+    v += kv.to(tl.int64) * v_h
+    if PAGE == 0:
+        k += b * k_b
+        v += b * v_b
     out += b * out_b + h.to(tl.int64) * out_h
     if cu_seqlens is not None:
         begin, M = sequence(cu_seqlens, b, T, M)
@@ -241,9 +275,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     tile = tl.cdiv(count, BLOCK_M) - 1 - level  # the last tile sees the most keys and goes first
     if tile < 0:
         return
-    start = default_start
-    if q_start is not None:
-        start = tl.load(q_start + b)
+    start = _start(q_start, seqused_k, b, M, default_start)
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M], number in the set
     row = tl.load(columns + i.to(tl.int64) * indices_n, mask=i < count, other=-1) - start
     here = (i < count) & (row >= 0) & (row < M)
@@ -272,8 +304,14 @@ def _kernel(  # type: ignore[no-untyped-def]
                     at = tl.load(columns + at * indices_n, mask=j < count, other=0).to(tl.int64)
                 else:
                     at = tl.load(columns + at * indices_n).to(tl.int64)
-            k_at = k + at[None, :] * k_n + d[:, None]  # [D, N]
-            v_at = v + at[:, None] * v_n + d  # [N, D]
+            if PAGE == 0:
+                k_at = k + at[None, :] * k_n + d[:, None]  # [D, N]
+                v_at = v + at[:, None] * v_n + d  # [N, D]
+            else:
+                column = tl.minimum(tl.maximum(at, 0), N - 1).to(tl.int32)
+                page, at = in_pool(block_table + b * table_b, column, j < count, table_n, num_blocks, PAGE)
+                k_at = k + (page * k_b + at * k_n)[None, :] + d[:, None]
+                v_at = v + (page * v_b + at * v_n)[:, None] + d
             if masked:
                 K = tl.load(k_at, mask=(j < count) & (d < D)[:, None], other=0)
                 V = tl.load(v_at, mask=(j < count)[:, None] & (d < D), other=0)

@@ -1,6 +1,7 @@
 """What is timed over a pool of pages, as in `problems.py` over one buffer a sequence: pages of 16 rows, in any order.
 
-Both are compared with the same operator over one buffer, which is what pages cost.
+All are compared with the same operator over one buffer, which is what pages cost. Scores and sparse attention are those
+of a chunk: the last queries of a prompt whose other tokens are in the pages already.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from zipvl_adapters.cli import problems
 from zipvl_adapters.cli.problems import CUDNN, KEEP_RATIO, RECIPE, Fn, Geometry, Problem, cudnn
 from zipvl_adapters.cli.timing import sets_of
 
-PAGE = 16
+PAGE, CHUNK = 16, 2048
 ONE_BUFFER = "one buffer"
 
 
@@ -107,8 +108,95 @@ def paged_decode_problem(geometry: Geometry, N: int, B: int = 1) -> Problem:
     )
 
 
+def paged_score_problem(geometry: Geometry, N: int) -> Problem:
+    """The scores of `N` tokens by the probes of a chunk. Over one buffer "auto" may take another kernel than here."""
+    Hq, Hkv, D, M = geometry.Hq, geometry.Hkv, geometry.D, min(CHUNK, N)
+    sets = sets_of(2 * D * (M * Hq + N * Hkv))
+    inputs: list[tuple[Any, ...]] = [(problems._draw(1, Hq, M, D), *_pools(1, geometry, N)) for _ in range(sets)]
+    buffers = [_gathered(k, table)[:, :, :N] for _, k, _, table in inputs]
+    used = torch.tensor([N], dtype=torch.int32, device=problems.DEVICE)
+    rows = zk.probe_rows(M, device=problems.DEVICE)
+
+    def call(fn: Fn) -> Callable[[int], Any]:
+        def run(i: int) -> Any:
+            q, k, _, table = inputs[i]
+            return fn(q, k, rows, seqused_k=used, block_table=table)
+
+        return run
+
+    def check(fn: Fn) -> None:
+        q = torch.nn.functional.pad(inputs[0][0], (0, 0, N - M, 0))  # as the queries of the whole prompt
+        exact, plain = (problems.scores(q, buffers[0], rows + N - M, t) for t in (torch.float64, problems.DTYPE))
+        for name, got, e, p in zip(("accumulated", "normalized"), call(fn)(0), exact, plain, strict=True):
+            assert not got[..., N:].any(), f"{name}: expected 0 in columns that are not used"
+            rounding = problems._rounding(q, buffers[0]) * float(e.max())
+            problems._assert_within(name, got[..., :N], e, p, rounding, torch.float32)
+
+    return Problem(
+        "score_tokens",
+        geometry,
+        {"B": 1, "Hq": Hq, "Hkv": Hkv, "M": M, "N": N, "D": D, "P": len(rows), "block_size": PAGE},
+        sets,
+        call,
+        check,
+        baselines={ONE_BUFFER: lambda i: zk.score_tokens(inputs[i][0], buffers[i], rows)},
+        num_bytes=2 * Hkv * N * D + 2 * Hq * len(rows) * D + 8 * N,
+        flops=2 * 2 * Hq * len(rows) * N * D,
+    )
+
+
+def paged_sparse_problem(geometry: Geometry, N: int) -> Problem:
+    """A chunk's attention among the kept of `N` tokens; every chunk keeps some. Keys are read in place."""
+    Hq, Hkv, D, M, p = geometry.Hq, geometry.Hkv, geometry.D, min(CHUNK, N), ceil(KEEP_RATIO * N)
+    sets = sets_of(2 * D * (2 * M * Hq + 2 * N * Hkv))
+    inputs: list[tuple[Any, ...]] = [
+        (problems._draw(1, Hq, M, D), *_pools(1, geometry, N), *problems._random_set(N, p)) for _ in range(sets)
+    ]
+    buffers: list[Any] = [[_gathered(x, table)[:, :, :N] for x in (k, v)] for _, k, v, table, *_ in inputs]
+    used = torch.tensor([N], dtype=torch.int32, device=problems.DEVICE)
+    asked = int((inputs[0][4] >= N - M).sum())  # of the chunk's rows
+
+    def call(fn: Fn) -> Callable[[int], Any]:
+        def run(i: int) -> Any:
+            q, k, v, table, indices, counts = inputs[i]
+            return fn(q, k, v, indices, counts, seqused_k=used, block_table=table)
+
+        return run
+
+    def check(fn: Fn) -> None:
+        q, _, _, _, indices, _ = inputs[0]
+        kept = indices[0, 0, :p].long()
+        k, v = (x[0, :, kept] for x in buffers[0])
+        out = call(fn)(0)
+        at = torch.arange(p - asked, p, device=problems.DEVICE)  # which members stand in the chunk
+        at = at[torch.randperm(asked, device=problems.DEVICE)[: problems.SAMPLED_ROWS]]
+        at[0], at[-1] = p - asked, p - 1
+        rows = kept[at] - (N - M)
+        exact, plain = (problems._attended(q[0, :, rows], k, v, at, t) for t in (torch.float64, problems.DTYPE))
+        rounding = problems._rounding(q, k[None]) * float(v.abs().max())
+        problems._assert_within("out", out[0, :, rows], exact, plain, rounding, problems.DTYPE)
+        dropped = torch.ones(M, dtype=torch.bool, device=problems.DEVICE)
+        dropped[kept[p - asked :] - (N - M)] = False
+        assert bool((out[0, :, dropped] == 0).all()), "out: expected exactly 0 in rows that are not kept"
+
+    return Problem(
+        "sparse_attention",
+        geometry,
+        {"B": 1, "Hq": Hq, "Hkv": Hkv, "M": M, "N": N, "D": D, "kept": p, "block_size": PAGE},
+        sets,
+        call,
+        check,
+        baselines={
+            ONE_BUFFER: lambda i: zk.sparse_attention(inputs[i][0], *buffers[i], *inputs[i][4:]),
+        },
+        flops=problems._attention_flops(Hq, p, D) - problems._attention_flops(Hq, p - asked, D),
+    )
+
+
 PAGED_PROBLEMS: dict[str, Callable[[Geometry, int], list[Problem]]] = {
     "compact_paged_kv_": lambda geometry, N: [compact_paged_problem(geometry, N)],
+    "score_tokens": lambda geometry, N: [paged_score_problem(geometry, N)],
+    "sparse_attention": lambda geometry, N: [paged_sparse_problem(geometry, N)],
     "decode_attention": lambda geometry, N: [paged_decode_problem(geometry, N, B) for B in (1, 8)],
 }
 

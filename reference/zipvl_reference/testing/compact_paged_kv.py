@@ -119,3 +119,60 @@ def _assert_returned(returned: tuple[Tensor, Tensor], used: Tensor, counts: Tens
     for name, x, want in zip(("seqused", "freed"), returned, wanted, strict=True):
         assert x.dtype == torch.int32, f"{name}: expected int32, got {x.dtype}"
         assert x.tolist() == want.tolist(), f"{name}: expected {want.tolist()}, got {x.tolist()}"
+
+
+def check_compact_paged_kv_of_layers(
+    fn: Callable[..., tuple[Tensor, Tensor]],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_examples: int = 50,
+    derandomize: bool = False,
+    head_dims: Sequence[int] = (4, 16, 64),
+    max_tokens: int = 48,
+    block_sizes: Sequence[int] = BLOCK_SIZES,
+    layers: Sequence[int] = (1, 2, 5),
+) -> None:
+    """`compact_paged_kv_` over lists of layers, their number one of `layers`: each has pools and a set of its own.
+
+    Block tables and lengths are of each layer, or the same for all of them.
+    """
+
+    def test(paged: PagedCase) -> None:
+        case, L = paged.rows, layers[paged.rows.seed % len(layers)]
+        used, seqused_k = _draw_lengths(paged, device)
+        table, first = paged.table(used, device).cpu(), _draw_first_writable(paged, used)
+        protect = {"first_writable": first.int().to(device)} if first.any() else {}
+        shape = (paged.num_blocks, case.Hkv, paged.block_size, torch.finfo(dtype).bits // 8 * case.D)
+        shared = case.seed % 2 == 0
+        pools: tuple[list[Tensor], list[Tensor]] = ([], [])
+        wanted: tuple[list[Tensor], list[Tensor]] = ([], [])
+        sets, sizes, tables, unspecified = [], [], [], []
+        for _ in range(L):
+            member = torch.rand(case.B, case.groups, case.N, generator=case.random) < float(case.integers(0, 4, 1)) / 4
+            member = (member | (torch.arange(case.N) < first[:, None, None])) & (torch.arange(case.N) < used[..., None])
+            renamed = torch.randperm(paged.num_blocks, generator=case.random).int()
+            at = torch.where(
+                (table >= 0) & (table < len(renamed)), renamed[table.clamp(0, len(renamed) - 1).long()], -1
+            )
+            at = table if shared else at
+            for buffers, after in zip(pools, wanted, strict=True):
+                bits = torch.randint(256, shape, generator=case.random, dtype=torch.uint8).view(dtype).to(device)
+                buffers.append(paged.pool(bits))
+                after.append(_moved(paged, bits, at, member))
+            indices, counts = as_indices(member, device)
+            unspecified.append(_between(paged, at, counts.cpu().maximum(first[:, None]), used).to(device))
+            sets.append(indices)
+            sizes.append(counts)
+            tables.append(at.to(device))
+        where = (tables[0], seqused_k) if shared else (tables, [seqused_k] * L)
+        seqused, freed = fn(*pools, sets, sizes, *where, layout=paged.layout, **protect)
+        assert len(seqused) == len(freed) == L, f"expected a row of each of {L} layers"
+        for i, but in enumerate(unspecified):
+            _assert_returned((seqused[i], freed[i]), used, sizes[i].cpu(), paged.block_size)
+            for name, buffers, after in zip(("k_cache", "v_cache"), pools, wanted, strict=True):
+                now = paged.heads_first(buffers[i]).masked_fill(but, 0)
+                assert_same_bits(f"{name}[{i}], all rows but those past a set", after[i].masked_fill(but, 0), now)
+
+    cases = paged_cases(head_dims, max_tokens, block_sizes)
+    for_each(cases, test, max_examples=max_examples, derandomize=derandomize)

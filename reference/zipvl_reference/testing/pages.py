@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from zipvl_reference.testing.draw import AttentionCase, attention_cases, st
+from zipvl_reference.testing.draw import AttentionCase, attention_cases, st, strided
 
 BLOCK_SIZES = (1, 2, 3, 8, 16, 256)
 
@@ -36,6 +36,28 @@ class PagedCase:
         """The page of every row block `[B, max_blocks]`, on the CPU; no two alike."""
         order = torch.randperm(self.num_blocks, generator=self.rows.random)
         return order[: self.rows.B * self.max_blocks].view(self.rows.B, self.max_blocks)
+
+    @cached_property
+    def bounds(self) -> tuple[list[int], list[int], list[int]]:
+        """Per sequence, as those of `rows`: but most often the last query row stands at the last used row."""
+        first, end, start = self.rows.bounds
+        return first, end, start if self.rows.seed % 3 == 0 else [n - self.rows.M for n in end]
+
+    @property
+    def used(self) -> Tensor:
+        """The used rows of `bounds`, `[B, Hkv]` on the CPU."""
+        return torch.tensor(self.bounds[1])[:, None].expand(-1, self.rows.Hkv)
+
+    def lengths(self, device: str) -> dict[str, Tensor | None]:
+        """The bounds as keyword arguments, None where the default says the same."""
+        first, end, start = (torch.tensor(x, dtype=torch.int32, device=device) for x in self.bounds)
+        if self.rows.layout == "sliced":
+            first, end, start = (strided(x) for x in (first, end, start))
+        return {
+            "seqused_k": end,
+            "leftpad_k": first if any(self.bounds[0]) else None,
+            "q_start": start if self.rows.seed % 3 == 0 else None,
+        }
 
     def shared(self, used: Tensor) -> int:
         """How many of the first pages, full in all sequences of `used [B, Hkv]` rows, are the same in all."""
