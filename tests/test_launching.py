@@ -229,6 +229,8 @@ def cuda(monkeypatch):
     monkeypatch.setattr(modules.common, "load", load)
     monkeypatch.setattr(modules.common, "load_module", lambda *_, **defined: module)
     monkeypatch.setattr(modules.common, "allow_shared", lambda *_: None)
+    monkeypatch.setattr(modules.common, "allow_large_cluster", lambda *_: None)
+    monkeypatch.setattr(modules.common, "clusters_at_once", lambda step: 1)
     monkeypatch.setattr(modules.common, "capability", lambda device: (9, 0))
     monkeypatch.setattr(modules.common, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(modules.common, "current_device", lambda: None)

@@ -1,6 +1,6 @@
 """`score_tokens`: the property check, examples, errors, registration."""
 
-import importlib.util
+import importlib
 import shutil
 import subprocess
 import sys
@@ -11,15 +11,12 @@ from unittest import mock
 import pytest
 import torch
 import zipvl_reference
-from paged_inputs import in_one_buffer, over_pages
-from zipvl_reference.testing import check_paged_score_tokens, check_score_tokens
-from zipvl_reference.testing.budget import assert_same_bits
+from zipvl_reference.testing import check_score_tokens
 
 import zipvl_kernels as zk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
 def tensors(B=2, Hq=4, Hkv=2, M=6, N=9, D=8, dtype=torch.float32):
@@ -50,77 +47,6 @@ def test_contract_triton_over_several_tiles():
         return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, 16, 16, 4, 1, 12, 6)
 
     check_score_tokens(fn, device=DEVICE, derandomize=True, max_examples=15)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
-def test_contract_over_pages(package, dtype):
-    check_paged_score_tokens(package.score_tokens, dtype=dtype, derandomize=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_contract_triton_over_pages(dtype):
-    pytest.importorskip("triton")
-    fn = partial(zk.score_tokens, backend="triton")
-    sizes = (1, 3, 16)
-    check_paged_score_tokens(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=5, block_sizes=sizes)
-
-
-def test_contract_triton_over_pages_and_several_tiles():
-    pytest.importorskip("triton")
-    launch = importlib.import_module("zipvl_kernels._triton.score_tokens").launch
-
-    def fn(
-        q, k, probe_rows, *, q_start=None, leftpad_k=None, seqused_k=None, pool="layer", block_table=None, layout="NHD"
-    ):
-        k = k.transpose(1, 2) if layout == "NHD" else k
-        where = q_start, leftpad_k, seqused_k
-        return launch(q, k, probe_rows, None, *where, pool, 16, 16, 4, 1, 12, 6, block_table=block_table)
-
-    check_paged_score_tokens(fn, device=DEVICE, derandomize=True, max_examples=5, block_sizes=(1, 3, 16))
-
-
-BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("page", [1, 3, 24])
-def test_pages_give_the_bits_of_one_buffer(page, layout, backend):
-    q, pools, paged = over_pages(page, layout, DEVICE)
-    (k, _), used = in_one_buffer(pools, paged), paged["seqused_k"]
-    options = {"leftpad_k": torch.tensor([0, 5], dtype=torch.int32, device=DEVICE), "backend": backend}
-    probes = torch.tensor([[1, 8, 11], [0, 3, 11]], dtype=torch.int32, device=DEVICE)
-    got = zk.score_tokens(q, pools[0], probes, **paged, **options)
-    wanted = zk.score_tokens(q, k, probes, q_start=used - q.shape[2], seqused_k=used, **options)
-    for name, x, y in zip(("accumulated", "normalized"), got, wanted, strict=True):
-        assert_same_bits(name, x, y)
-        assert x.any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_pages_that_are_not_there(backend):
-    """Nothing outside of the pool is read, and what a sequence gets does not depend on another one's table."""
-    q, pools, paged = over_pages(4, "NHD", DEVICE)
-    probes = torch.tensor([1, 11], dtype=torch.int32, device=DEVICE)
-    wanted = zk.score_tokens(q, pools[0], probes, **paged, backend=backend)
-    for number in (2**31 - 1, -(2**31), -1):
-        paged["block_table"][0], paged["seqused_k"][0] = number, 2**31 - 1
-        got = zk.score_tokens(q, pools[0], probes, **paged, backend=backend)
-        for name, x, y in zip(("accumulated", "normalized"), got, wanted, strict=True):
-            assert_same_bits(name, x[1], y[1])
-
-
-def test_chunks_add_up_to_one_prefill():
-    """Probes stand at their places in the prompt; those of another chunk are outside of the rows and do not count."""
-    q, pools, paged = over_pages(4, "NHD", "cpu", M=22, used=(22, 22))
-    probes = torch.tensor([2, 7, 11, 12, 20, 21], dtype=torch.int32)
-    wanted, _ = zk.score_tokens(q, pools[0], probes, **paged)
-    total = torch.zeros_like(wanted)
-    for begin, end in ((0, 8), (8, 12), (12, 13), (13, 22)):
-        used = torch.full((2,), end, dtype=torch.int32)
-        total += zk.score_tokens(q[:, :, begin:end], pools[0], probes - begin, **paged | {"seqused_k": used})[0]
-    torch.testing.assert_close(total, wanted)
 
 
 HOPPER = zk.backends()["cuda"] == "available" and torch.cuda.get_device_capability() == (9, 0)
@@ -259,14 +185,6 @@ def test_catches_a_missing_causal_mask():
         check_score_tokens(not_causal, derandomize=True)
 
 
-def test_catches_pages_in_the_wrong_order():
-    def reads_backwards(q, k, probe_rows, *, block_table, **options):
-        return zipvl_reference.score_tokens(q, k, probe_rows, block_table=block_table.flip(1), **options)
-
-    with pytest.raises(AssertionError, match="accumulated"):
-        check_paged_score_tokens(reads_backwards, derandomize=True)
-
-
 q, k, rows = tensors()
 per_sequence = torch.zeros(2, dtype=torch.int32)
 
@@ -301,49 +219,6 @@ def test_errors(error, match, changed):
         zk.score_tokens(**{"q": q, "k": k, "probe_rows": rows, **changed})
 
 
-paged_q, (pool_k, _), paged = over_pages(4, "NHD", "cpu")
-
-
-@pytest.mark.parametrize(
-    ("error", "match", "changed"),
-    [
-        (ValueError, r"k: .*\[num_blocks, block_size, Hkv, D\].*\[14, 4, 2\]", {"k": pool_k[..., 0]}),
-        (ValueError, r"k: .*at least one block.*\[0, 4, 2, 16\]", {"k": pool_k[:0]}),
-        (ValueError, r"k: .*divides the 4 heads of q.*\[14, 4, 3, 16\]", {"k": pool_k[:, :, [0, 1, 1]]}),
-        (ValueError, r"k: .*D = 16.*\[14, 4, 2, 8\]", {"k": pool_k[..., :8]}),
-        (TypeError, "block_table: .*int32.*int64", {"block_table": paged["block_table"].long()}),
-        (ValueError, r"block_table: .*\[2, 6\].*\[1, 6\]", {"block_table": paged["block_table"][:1]}),
-        (ValueError, r"seqused_k: expected int32 \[B\] with a block_table, got None", {"seqused_k": None}),
-        (ValueError, r"seqused_k: .*\[2\].*\[2, 2\]", {"seqused_k": torch.zeros(2, 2, dtype=torch.int32)}),
-        (ValueError, "layout: .*'NHD' or 'HND'.*'BHND'", {"layout": "BHND"}),
-        (ValueError, "cu_seqlens: expected None with a block_table", {"cu_seqlens": rows, "max_seqlen": 3}),
-    ],
-)
-def test_errors_of_pages(error, match, changed):
-    with pytest.raises(error, match=match):
-        zk.score_tokens(**{"q": paged_q, "k": pool_k, "probe_rows": rows, **paged, **changed})
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [{"B": 0}, {"M": 0}, {"max_blocks": 0}])
-def test_empty_over_pages(sizes, backend):
-    B, M, max_blocks = (sizes.get(name, n) for name, n in (("B", 2), ("M", 12), ("max_blocks", 6)))
-    table, used = (paged[name][:B].to(DEVICE) for name in ("block_table", "seqused_k"))
-    given = (paged_q[:B, :, :M].to(DEVICE), pool_k.to(DEVICE), rows.to(DEVICE))
-    for x in zk.score_tokens(*given, seqused_k=used, block_table=table[:, :max_blocks], backend=backend):
-        assert x.shape == (B, 1, max_blocks * 4)
-        assert not x.any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_registration_over_pages(dtype, layout):
-    q, (k, _), paged = over_pages(4, layout, "cpu", dtype=dtype)
-    where = paged["seqused_k"], "kv_head", "auto", None, None, paged["block_table"], layout
-    arguments = (q, k, rows, 0.5, None, None, *where)
-    torch.library.opcheck(torch.ops.zipvl.score_tokens.default, arguments)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])
 def test_registration(dtype, pool):
@@ -365,7 +240,3 @@ def test_compiles(backend):
         q, k, rows = tensors(N=N)
         for got, wanted in zip(compiled(q, k, rows, leftpad), score(q, k, rows, leftpad), strict=True):
             assert torch.equal(got, wanted)
-    q, (k, _), paged = over_pages(4, "HND", "cpu")
-    compiled = torch.compile(partial(zk.score_tokens, **paged), fullgraph=True, backend=backend)
-    for got, wanted in zip(compiled(q, k, rows), zk.score_tokens(q, k, rows, **paged), strict=True):
-        assert torch.equal(got, wanted)

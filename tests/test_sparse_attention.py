@@ -1,6 +1,6 @@
 """`sparse_attention`: the property check, examples, errors, registration."""
 
-import importlib.util
+import importlib
 import shutil
 import subprocess
 from functools import partial
@@ -10,16 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zipvl_reference
-from paged_inputs import in_one_buffer, over_pages
-from zipvl_reference.testing import check_paged_sparse_attention, check_sparse_attention
-from zipvl_reference.testing.budget import assert_same_bits
+from zipvl_reference.testing import check_sparse_attention
 
 import zipvl_kernels as zk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
 
 
 def tensors(B=2, Hq=4, Hkv=2, M=9, N=9, D=8, dtype=torch.float32):
@@ -59,93 +55,6 @@ def test_contract_triton_over_several_tiles(tiles):
         return launch(q, k, v, indices, counts, scale, q_start, kv_compacted, *tiles, num_warps=4, num_stages=2)
 
     check_sparse_attention(fn, device=DEVICE, derandomize=True, max_examples=10)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)
-def test_contract_over_pages(package, dtype):
-    check_paged_sparse_attention(package.sparse_attention, dtype=dtype, derandomize=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_contract_triton_over_pages(dtype):
-    pytest.importorskip("triton")
-    fn = partial(zk.sparse_attention, backend="triton")
-    sizes = (1, 3, 16)
-    check_paged_sparse_attention(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=5, block_sizes=sizes)
-
-
-def test_contract_triton_over_pages_and_several_tiles():
-    pytest.importorskip("triton")
-    launch = importlib.import_module("zipvl_kernels._triton.sparse_attention").launch
-
-    def fn(q, k, v, indices, counts, *, q_start=None, kv_compacted=False, seqused_k=None, block_table=None, layout=""):
-        k, v = (x.transpose(1, 2) if layout == "NHD" else x for x in (k, v))
-        tiles = 16, 16, 4, 2
-        return launch(q, k, v, indices, counts, None, q_start, kv_compacted, *tiles, None, None, seqused_k, block_table)
-
-    check_paged_sparse_attention(fn, device=DEVICE, derandomize=True, max_examples=8, block_sizes=(1, 3, 16))
-
-
-def set_over_pages():
-    """`indices` and `counts` for the sequences of `over_pages`."""
-    indices = torch.full((2, 1, 24), -1, dtype=torch.int32)
-    indices[0, 0, :8] = torch.tensor([0, 3, 9, 10, 13, 17, 18, 21], dtype=torch.int32)
-    indices[1, 0, :5] = torch.tensor([2, 6, 7, 15, 16], dtype=torch.int32)
-    return indices.to(DEVICE), torch.tensor([[8], [5]], dtype=torch.int32, device=DEVICE)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kv_compacted", [False, True])
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("page", [1, 3, 24])
-def test_pages_give_the_bits_of_one_buffer(page, layout, kv_compacted, backend):
-    """Also where the first rows are taken for a compacted set."""
-    q, pools, paged = over_pages(page, layout, DEVICE)
-    k, v = in_one_buffer(pools, paged)
-    indices, counts = set_over_pages()
-    indices, options = indices[..., : k.shape[2]], {"kv_compacted": kv_compacted, "backend": backend}
-    out = zk.sparse_attention(q, *pools, indices, counts, **paged, **options)
-    start = paged["seqused_k"] - q.shape[2]
-    assert_same_bits("out", out, zk.sparse_attention(q, k, v, indices, counts, q_start=start, **options))
-    assert out.isfinite().all()
-    rows = torch.tensor([0, 3, 7, 8, 11])
-    kept = torch.zeros(12, dtype=torch.bool).index_fill_(0, rows, True)
-    assert out[0].any(-1).cpu().equal(kept.expand(4, 12))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kv_compacted", [False, True])
-def test_pages_that_are_not_there(backend, kv_compacted):
-    """Nothing outside of the pool is read, and what a sequence gets does not depend on another one's table or set."""
-    q, pools, paged = over_pages(4, "NHD", DEVICE)
-    indices, counts = set_over_pages()
-    options = {"kv_compacted": kv_compacted, "backend": backend}
-    wanted = zk.sparse_attention(q, *pools, indices, counts, **paged, **options)
-    for number in (2**31 - 1, -(2**31), -1):
-        paged["block_table"][0], paged["seqused_k"][0] = number, 2**31 - 1
-        out = zk.sparse_attention(q, *pools, indices, counts, **paged, **options)
-        assert_same_bits("out", out[1], wanted[1])
-        indices[0, 0, 5], counts[0] = number, 2**31 - 1
-        out = zk.sparse_attention(q, *pools, indices, counts, **paged, **options)
-        assert_same_bits("out", out[1], wanted[1])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_chunks_give_what_one_prefill_gives(backend):
-    """Each sees the keys before it in the pages; with every column in the set it is dense causal attention."""
-    q, pools, paged = over_pages(4, "HND", DEVICE, M=22, used=(22, 22))
-    everything = torch.arange(22, dtype=torch.int32, device=DEVICE).expand(2, 1, 22)
-    sets = set_over_pages(), (everything, torch.full((2, 1), 22, dtype=torch.int32, device=DEVICE))
-    for indices, counts in sets:
-        whole = zk.sparse_attention(q, *pools, indices, counts, **paged, backend=backend)
-        for begin, end in ((0, 8), (8, 12), (12, 13), (13, 22)):
-            used = torch.full((2,), end, dtype=torch.int32, device=DEVICE)
-            arguments = q[:, :, begin:end], *pools, indices, (indices < end).logical_and(indices >= 0).sum(-1).int()
-            chunk = zk.sparse_attention(*arguments, **paged | {"seqused_k": used}, backend=backend)
-            torch.testing.assert_close(chunk, whole[:, :, begin:end])
-    k, v = (x[:, :, :22] for x in in_one_buffer(pools, paged))
-    torch.testing.assert_close(whole, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 0.7])
@@ -281,14 +190,6 @@ def test_catches_rows_left_over_and_future_columns():
             check_sparse_attention(broken, derandomize=True)
 
 
-def test_catches_pages_in_the_wrong_order():
-    def reads_backwards(q, k, v, indices, counts, *, block_table, **options):
-        return zipvl_reference.sparse_attention(q, k, v, indices, counts, block_table=block_table.flip(1), **options)
-
-    with pytest.raises(AssertionError, match="out"):
-        check_paged_sparse_attention(reads_backwards, derandomize=True)
-
-
 q, k, v, indices, counts = tensors()
 
 
@@ -316,57 +217,6 @@ def test_errors(error, match, changed):
         zk.sparse_attention(**{"q": q, "k": k, "v": v, "indices": indices, "counts": counts, **changed})
 
 
-paged_q, (pool_k, pool_v), paged = over_pages(4, "NHD", "cpu")
-PAGED = {"q": paged_q, "k": pool_k, "v": pool_v, "indices": indices, "counts": counts, **paged}
-
-
-@pytest.mark.parametrize(
-    ("error", "match", "changed"),
-    [
-        (ValueError, r"v: .*shape of k.*\[13, 4, 2, 16\]", {"v": pool_v[:13]}),
-        (ValueError, r"k: .*divides the 4 heads of q.*\[14, 4, 3, 16\]", dict.fromkeys("kv", pool_k[:, :, [0, 1, 1]])),
-        (ValueError, r"indices: .*\[B, G, W\].*\[2, 9\]", {"indices": indices[:, 0]}),
-        (ValueError, r"counts: .*\[2, 1\].*\[2\]", {"counts": counts[:, 0]}),
-        (ValueError, r"block_table: .*\[2, 6\].*\[1, 6\]", {"block_table": paged["block_table"][:1]}),
-        (ValueError, r"seqused_k: expected int32 \[B\] with a block_table, got None", {"seqused_k": None}),
-        (ValueError, r"seqused_k: .*\[2\].*\[2, 2\]", {"seqused_k": torch.zeros(2, 2, dtype=torch.int32)}),
-        (ValueError, "layout: .*'NHD' or 'HND'.*'BHND'", {"layout": "BHND"}),
-        (ValueError, "cu_seqlens: expected None with a block_table", {"cu_seqlens": counts[:, 0], "max_seqlen": 3}),
-        (
-            ValueError,
-            "seqused_k: expected None without a block_table",
-            {"q": q, "k": k, "v": v, "block_table": None},
-        ),
-    ],
-)
-def test_errors_of_pages(error, match, changed):
-    with pytest.raises(error, match=match):
-        zk.sparse_attention(**PAGED | changed)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kv_compacted", [False, True])
-@pytest.mark.parametrize("sizes", [{"B": 0}, {"M": 0}, {"max_blocks": 0}, {"W": 0}])
-def test_empty_over_pages(sizes, kv_compacted, backend):
-    B, M, max_blocks, W = (sizes.get(name, n) for name, n in (("B", 2), ("M", 12), ("max_blocks", 6), ("W", 9)))
-    cut = {"q": paged_q[:B, :, :M], "block_table": PAGED["block_table"][:, :max_blocks], "indices": indices[..., :W]}
-    names = ("indices", "counts", "block_table", "seqused_k")
-    given = PAGED | cut
-    given |= {name: given[name][:B] for name in names}
-    given = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-    out = zk.sparse_attention(**given, kv_compacted=kv_compacted, backend=backend)
-    assert out.shape == (B, 4, M, 16)
-    assert sizes in ({"B": 0}, {"M": 0}) or not out.any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_registration_over_pages(dtype, layout):
-    q, pools, paged = over_pages(4, layout, "cpu", dtype=dtype)
-    where = None, False, "auto", None, None, paged["seqused_k"], paged["block_table"], layout
-    torch.library.opcheck(torch.ops.zipvl.sparse_attention.default, (q, *pools, indices, counts, 0.5, *where))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_compacted", [False, True])
 def test_registration(dtype, kv_compacted):
@@ -380,6 +230,3 @@ def test_compiles(backend):
     for M in (9, 5):
         arguments = tensors(M=M)
         assert torch.equal(compiled(*arguments), zk.sparse_attention(*arguments))
-    compiled = torch.compile(partial(zk.sparse_attention, **paged), fullgraph=True, backend=backend)
-    arguments = paged_q, pool_k, pool_v, indices, counts
-    assert torch.equal(compiled(*arguments), zk.sparse_attention(*arguments, **paged))

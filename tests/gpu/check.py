@@ -25,16 +25,23 @@ OPERATORS = ("score_tokens", "select_tokens", "compact_kv_", "sparse_attention",
 COUNTS = ("tests", "failures", "errors", "skipped")
 # What runs in a process of its own: a file, and the part of it.
 SHARDS = [
+    *(
+        ("test_pages.py", f"{part} and {dtype}")
+        for part in ("scores and sparse", "scores and not sparse", "sparse and not scores")
+        for dtype in ("bfloat16", "not bfloat16")
+    ),
+    *(
+        ("test_packed.py", f"contract and {operator} and {backend}")
+        for operator in ("zipvl_prefill_", "sparse_attention", "score_tokens", "compact_kv_", "select_tokens")
+        for backend in ("auto", "not auto")
+    ),
+    ("test_packed.py", "not contract"),
     ("test_large.py", ""),
     ("test_engine.py", ""),
     ("test_layers.py", "not pages"),
     ("test_layers.py", "pages"),
     ("test_pages.py", "compaction"),
-    ("test_pages.py", "scores and not sparse"),
-    ("test_pages.py", "sparse and not scores"),
-    ("test_pages.py", "scores and sparse"),
     ("test_pages.py", "not compaction and not scores and not sparse"),
-    *(("test_packed.py", part) for part in ("contract and auto", "contract and not auto", "not contract")),
     ("test_sanitizer.py", "racecheck or script"),
     ("test_sanitizer.py", "memcheck and scores"),
     ("test_sanitizer.py", "memcheck and attention"),
@@ -82,7 +89,7 @@ def main(arguments):
         print("gpu-check: nothing was checked, torch sees no GPU ('zipvl env' shows what it sees)")
         return 2
     begin = perf_counter()
-    with ThreadPoolExecutor(max(1, min(12, (os.cpu_count() or 1) * 3 // 4))) as pool:
+    with ThreadPoolExecutor(max(1, min(20, (os.cpu_count() or 1) * 3 // 4))) as pool:
         done = list(pool.map(lambda shard: run(shard, extra), SHARDS))
     seconds = perf_counter() - begin
     total = {name: sum(found.get(name, 0) for found, _ in done) for name in COUNTS}

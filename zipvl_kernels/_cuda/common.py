@@ -21,6 +21,7 @@ __all__ = [
     "allow_shared",
     "capability",
     "check",
+    "clusters_at_once",
     "current_device",
     "current_stream",
     "launch",
@@ -135,6 +136,15 @@ class Launch:
             runtime.free(0)  # makes the device's context the thread's
             status = self.start()
         return status
+
+
+def clusters_at_once(step: Launch) -> int:
+    """How many clusters of this launch the device has room for at a time; 0 where it cannot have one so large."""
+    found = ctypes.c_int()
+    with torch.cuda.device(step.device):
+        kernel, config = ctypes.c_void_p(step.kernel.ptr), ctypes.c_void_p(ctypes.addressof(step.config))
+        status = libcuda().cuOccupancyMaxActiveClusters(ctypes.byref(found), kernel, config)
+    return 0 if status else found.value
 
 
 def check(status: int) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from zipvl_kernels._cuda import common
 
 MOST_COLUMNS = 1 << 22  # sums of 10 bits stay within 32
-THREADS = 1024
-COLUMNS = 4096  # that one block takes before the set is worth another
-MOST_BLOCKS = 8  # of a cluster, on every GPU that has clusters
+FEW, THREADS, MOST_THREADS = 32768, 512, 1024  # columns of a set, and threads of a block for so many and for more
+COLUMNS = 2  # of a thread, before the set is worth another block
+MOST_BLOCKS, LARGE = 8, 16  # of a cluster: on every GPU that has clusters, and on those with room for more
 HELD = 4  # columns that a thread keeps in registers, where there are no more for it
 _ADDRESSES, _NUMBERS = struct.Struct("=7Q"), struct.Struct("=6qd6i")
 
@@ -70,7 +70,7 @@ def launch(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     *,
-    threads: int = THREADS,
+    threads: int | None = None,
     blocks: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator with one configuration: `blocks` of `threads` (a power of two from 32 to 1024) a set."""
@@ -110,7 +110,7 @@ def prepared(
     keep_first: int,
     keep_recent: int,
     packed: tuple[int, int] | None = None,
-    threads: int = THREADS,
+    threads: int | None = None,
     blocks: int | None = None,
 ) -> common.Launch:
     """All of a launch but its addresses; `packed` is how many sequences `[G, T]` holds, and the longest length."""
@@ -118,21 +118,26 @@ def prepared(
     B, N = packed or (*batch, T)
     if packed:
         accumulated_stride, normalized_stride = (0, *accumulated_stride), (0, *normalized_stride)
-    blocks = blocks or _blocks(device, B * G, N)
+    threads = threads or (THREADS if N <= FEW else MOST_THREADS)
+    blocks = blocks or _blocks(device, B * G, N, threads)
     share = tau if keep_ratio is None else keep_ratio
     firsts = min(keep_first, N), min(keep_recent, N)
     numbers = _NUMBERS.pack(*accumulated_stride, *normalized_stride, share, G, N, *firsts, B, T)
     held = 0 if HELD * threads * blocks < N else HELD
     kernel = _kernel(device, threads, blocks, held, keep_ratio is not None, packed is not None)
-    return common.Launch(kernel, device, B * G * blocks, threads, _ADDRESSES, numbers)
+    step = common.Launch(kernel, device, B * G * blocks, threads, _ADDRESSES, numbers)
+    if blocks > MOST_BLOCKS and not common.clusters_at_once(step):
+        given = tau, keep_ratio, keep_first, keep_recent, packed, threads, MOST_BLOCKS
+        return prepared(device, shape, accumulated_stride, normalized_stride, *given)
+    return step
 
 
-def _blocks(device: torch.device, sets: int, N: int) -> int:
+def _blocks(device: torch.device, sets: int, N: int, threads: int) -> int:
     """Blocks of the cluster that works on a set: more for more columns, as long as all sets run at once."""
     if common.capability(device) < (9, 0):
         return 1
-    blocks = 1
-    while blocks < MOST_BLOCKS and blocks * COLUMNS < N and 2 * blocks * sets <= common.multiprocessors(device):
+    blocks, most = 1, LARGE if common.capability(device) == (9, 0) else MOST_BLOCKS
+    while blocks < most and blocks * threads * COLUMNS < N and 2 * blocks * sets <= common.multiprocessors(device):
         blocks *= 2
     return blocks
 

@@ -113,7 +113,7 @@ def tables() -> Iterator[Table]:
             "cuda",
             "select_tokens",
             lambda D: {},
-            ({"blocks": 1}, {"blocks": 4}, {"blocks": 8}, {"threads": 512}, {"threads": 512, "blocks": 8}),
+            tuple({"threads": threads, "blocks": blocks} for threads in (512, 1024) for blocks in (1, 2, 4, 8, 16)),
         )
     if has("cuda", "compact_kv_"):
         yield Table(
