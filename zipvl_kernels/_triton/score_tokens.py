@@ -3,6 +3,7 @@
 The first computes the log-sum-exp of each probe's scores over a split of the columns. The second knows all of them,
 hence weights at once: it walks a span of columns for a few heads, keys as rows of the product so that a column's sum
 stays within a row of threads. The last program of a span to finish adds what the others found, in fixed order.
+With a block table each row of K is looked up in its page, and the arithmetic is the same.
 """
 
 import math

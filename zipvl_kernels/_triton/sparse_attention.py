@@ -2,7 +2,8 @@
 
 A query tile covers `BLOCK_M` consecutive members of the set, so that causality is a comparison of their numbers and
 only tiles on the diagonal need a mask. Queries are gathered by row and outputs scattered; rows outside the set are
-zeroed by programs of their own, which find them by binary search and serve several heads at once.
+zeroed by programs of their own, which find them by binary search and serve several heads at once. Keys and values are
+the set's rows in order, or are gathered; with a block table each row is looked up, and the arithmetic is the same.
 """
 
 import math
