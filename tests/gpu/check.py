@@ -23,18 +23,22 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OPERATORS = ("score_tokens", "select_tokens", "compact_kv_", "sparse_attention", "decode_attention", "zipvl_prefill_")
 COUNTS = ("tests", "failures", "errors", "skipped")
-# What runs in a process of its own: a file, and the part of it.
+TYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16 and not bfloat16", "float32")  # as parts of tests' names
+# What runs in a process of its own: a file, and the part of it. What takes long comes first.
 SHARDS = [
     *(
-        ("test_pages.py", f"{part} and {dtype}")
-        for part in ("scores and sparse", "scores and not sparse", "sparse and not scores")
-        for dtype in ("bfloat16", "not bfloat16")
+        ("test_packed.py", f"contract and not other and {operator} and {dtype} and {backend}")
+        for operator in ("sparse_attention", "zipvl_prefill_", "score_tokens")
+        for dtype in DTYPES
+        for backend in ("not auto", "auto")
     ),
-    *(
-        ("test_packed.py", f"contract and {operator} and {backend}")
-        for operator in ("zipvl_prefill_", "sparse_attention", "score_tokens", "compact_kv_", "select_tokens")
-        for backend in ("auto", "not auto")
-    ),
+    *(("test_pages.py", f"sparse and not scores and {dtype}") for dtype in DTYPES),
+    *(("test_pages.py", f"scores and not sparse and {dtype}") for dtype in DTYPES),
+    *(("test_pages.py", f"scores and sparse and {dtype}") for dtype in DTYPES),
+    ("test_pages.py", f"scores and sparse and not {' and not '.join(TYPES)}"),
+    ("test_packed.py", "contract_of_other"),
+    ("test_packed.py", "contract and (compact_kv_ or select_tokens)"),
     ("test_packed.py", "not contract"),
     ("test_large.py", ""),
     ("test_engine.py", ""),
@@ -49,7 +53,7 @@ SHARDS = [
     *(
         ("test_contract.py", f"{operator} and {dtype}")
         for operator in reversed(OPERATORS)
-        for dtype in ("bfloat16", "float16 and not bfloat16", "float32")
+        for dtype in DTYPES
         if operator != "select_tokens" or dtype == "bfloat16"
     ),
     *(("test_contract.py", f"{operator} and other") for operator in OPERATORS if operator != "select_tokens"),

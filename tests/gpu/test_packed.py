@@ -28,11 +28,12 @@ CHECKS = {
 # On both sides of what the kernels take for short, of a tile, and of the number of probes.
 LENGTHS = (9000, 0, 1, 2880, 128, 17, 8192) if REAL else (40, 0, 1, 17)
 BACKENDS = ("auto", "triton") if REAL else ("triton",)  # "auto" takes the kernels in CUDA C that there are
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if REAL else (DTYPE,)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.mark.parametrize("max_tokens", [48, 300] if REAL else [24])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32] if REAL else [DTYPE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("operator", CHECKS)
 @backends
 def test_contract(operator, backend, dtype, max_tokens):

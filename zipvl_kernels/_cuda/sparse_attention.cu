@@ -278,12 +278,14 @@ __device__ void serve_keys(const Params& p, Shared& sh, u32 k_at, u32 v_at) {
     }
 }
 
-// One warp of each block: rows that are not in the set become 0, 32 rows of up to ZERO_HEADS heads at a time.
+// One warp of each block: rows that are not in the set become 0, 32 rows of some or all heads at a time.
 __device__ void clear_rows(const Params& p, int lane) {
-    int heads = p.Hq / p.G, shares = (heads + ZERO_HEADS - 1) / ZERO_HEADS;
     Packing all = packing(p);
     Places places = {32, 1};
     int blocks = PACKED ? p.T / places.every + p.B * places.apart : (p.M + 31) / 32;  // of all sequences, or of one
+    // With many rows all heads of some at a time: to find which are kept takes longer than to clear a few heads of them.
+    int heads = p.Hq / p.G, most = (i64)(PACKED ? 1 : p.B) * blocks >= 4 * gridDim.x ? heads : ZERO_HEADS;
+    int shares = (heads + most - 1) / most;
     i64 jobs = (i64)(PACKED ? 1 : p.B) * p.G * blocks * shares;
     for (i64 t = blockIdx.x; t < jobs; t += gridDim.x) {
         int share = t % shares, set = t / shares / blocks, b = set / p.G, g = set % p.G, block = t / shares % blocks;
@@ -295,7 +297,15 @@ __device__ void clear_rows(const Params& p, int lane) {
         int at = lower_bound(columns, p.indices_n, count, column, lane) + lane;
         u32 offset = at < count ? (u32)(columns[at * p.indices_n] - column) : 32;
         u32 kept = __reduce_or_sync(~0u, offset < 32 ? 1u << offset : 0);
-        int head = g * heads + share * ZERO_HEADS, end = min(head + ZERO_HEADS, (g + 1) * heads);
+        int head = g * heads + share * most, end = min(head + most, (g + 1) * heads);
+        if (PACKED) {  // heads side by side
+            uint4* out = out_from(p, b, head, first);
+            for (int r = 0; r < 32; ++r)
+                if (first + r < rows && !(kept >> r & 1))
+#pragma unroll 4
+                    for (int i = lane; i < (end - head) * CHUNKS; i += 32) __stcs(out + r * out_stride(p) + i, make_uint4(0, 0, 0, 0));
+            continue;
+        }
         for (; head < end; ++head) {
             uint4* out = out_from(p, b, head, first) + lane % CHUNKS;
 #pragma unroll 4
