@@ -41,6 +41,7 @@ SHARDS = [
     ("test_packed.py", "contract and (compact_kv_ or select_tokens)"),
     ("test_packed.py", "not contract"),
     ("test_large.py", ""),
+    ("test_static_cache.py", ""),
     ("test_engine.py", ""),
     ("test_layers.py", "not pages"),
     ("test_layers.py", "pages"),
