@@ -448,3 +448,18 @@ def test_rows_are_read_as_wide_as_they_allow(cuda):
     assert of(256, 0, [514], [1], 256) == (16, 16, 16, 1)  # one row has no stride
     assert of(600, 0, [602], [3], 256) == (2, 150, 256, 2)
     assert of(2 * 521, 0, [1042], [3], 256) == (2, 1, 1, 521)  # 521 is prime
+
+
+@pytest.mark.parametrize("packed", [None, (3, 40000)], ids=["batch", "packed"])
+def test_clusters_of_eight_where_there_is_no_room_for_sixteen(cuda, monkeypatch, packed):
+    shape, stride = ((1, 40000), (50000, 1)) if packed else ((1, 1, 40000), (70000, 50000, 1))
+    given = torch.device("cpu"), torch.Size(shape), stride, stride, 0.9, None, 0, 1, packed
+    numbers = {}
+    for room in (1, 0):
+        monkeypatch.setattr(cuda.common, "clusters_at_once", lambda step, room=room: room)
+        cuda.select_tokens.prepared.cache_clear()
+        step = cuda.select_tokens.prepared(*given)
+        sets = packed[0] if packed else 1
+        numbers[struct.unpack_from("=I", step.config)[0] // sets] = bytes(step.parameters)
+    assert list(numbers) == [16, 8]
+    assert numbers[16] == numbers[8]

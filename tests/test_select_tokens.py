@@ -54,7 +54,8 @@ def test_contract_triton_over_several_tiles(monkeypatch):
 
 CUDA = zk.backends()["cuda"] == "available" and torch.cuda.get_device_capability() >= (8, 0)
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CuPy and a GPU of compute capability 8.0 or more")
-CLUSTERS = [1, 2, 4, 8] if CUDA and torch.cuda.get_device_capability() >= (9, 0) else [1]
+CAPABILITY = torch.cuda.get_device_capability() if CUDA else (0, 0)
+CLUSTERS = [1, *([2, 4, 8] if CAPABILITY >= (9, 0) else []), *([16] if CAPABILITY == (9, 0) else [])]
 
 
 @needs_cuda

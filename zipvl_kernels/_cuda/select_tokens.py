@@ -116,13 +116,12 @@ def prepared(
     """All of a launch but its addresses; `packed` is how many sequences `[G, T]` holds, and the longest length."""
     *batch, G, T = shape
     B, N = packed or (*batch, T)
-    if packed:
-        accumulated_stride, normalized_stride = (0, *accumulated_stride), (0, *normalized_stride)
+    whole = (0,) if packed else ()  # the stride of a batch
     threads = threads or (THREADS if N <= FEW else MOST_THREADS)
     blocks = blocks or _blocks(device, B * G, N, threads)
     share = tau if keep_ratio is None else keep_ratio
     firsts = min(keep_first, N), min(keep_recent, N)
-    numbers = _NUMBERS.pack(*accumulated_stride, *normalized_stride, share, G, N, *firsts, B, T)
+    numbers = _NUMBERS.pack(*whole, *accumulated_stride, *whole, *normalized_stride, share, G, N, *firsts, B, T)
     held = 0 if HELD * threads * blocks < N else HELD
     kernel = _kernel(device, threads, blocks, held, keep_ratio is not None, packed is not None)
     step = common.Launch(kernel, device, B * G * blocks, threads, _ADDRESSES, numbers)
