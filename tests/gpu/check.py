@@ -28,6 +28,11 @@ DTYPES = ("bfloat16", "float16 and not bfloat16", "float32")  # as parts of test
 # What runs in a process of its own: a file, and the part of it. What takes long comes first.
 SHARDS = [
     *(
+        ("test_packed.py", f"contract_of_other and {operator} and {dims}")
+        for operator in ("sparse_attention", "score_tokens")
+        for dims in ("256", "80")
+    ),
+    *(
         ("test_packed.py", f"contract and not other and {operator} and {dtype} and {backend}")
         for operator in ("sparse_attention", "zipvl_prefill_", "score_tokens")
         for dtype in DTYPES
@@ -37,7 +42,6 @@ SHARDS = [
     *(("test_pages.py", f"scores and not sparse and {dtype}") for dtype in DTYPES),
     *(("test_pages.py", f"scores and sparse and {dtype}") for dtype in DTYPES),
     ("test_pages.py", f"scores and sparse and not {' and not '.join(TYPES)}"),
-    ("test_packed.py", "contract_of_other"),
     ("test_packed.py", "contract and (compact_kv_ or select_tokens)"),
     ("test_packed.py", "not contract"),
     ("test_large.py", ""),

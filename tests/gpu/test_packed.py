@@ -45,7 +45,7 @@ def test_contract(operator, backend, dtype, max_tokens):
     CHECKS[operator](partial(getattr(zk, operator), backend=backend), **options)
 
 
-@pytest.mark.parametrize("head_dims", [(80, 96), (256,)])
+@pytest.mark.parametrize("head_dims", [(80, 96), (256,)], ids=str)
 @pytest.mark.parametrize("operator", ["score_tokens", "sparse_attention"])
 @needs_gpu
 def test_contract_of_other_head_dims(operator, head_dims):
