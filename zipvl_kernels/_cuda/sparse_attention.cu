@@ -304,13 +304,13 @@ __device__ void clear_rows(const Params& p, int lane) {
                 if (first + r < rows && !(kept >> r & 1))
 #pragma unroll 4
                     for (int i = lane; i < (end - head) * CHUNKS; i += 32) __stcs(out + r * out_stride(p) + i, make_uint4(0, 0, 0, 0));
-            continue;
-        }
-        for (; head < end; ++head) {
-            uint4* out = out_from(p, b, head, first) + lane % CHUNKS;
+        } else {
+            for (; head < end; ++head) {
+                uint4* out = out_from(p, b, head, first) + lane % CHUNKS;
 #pragma unroll 4
-            for (int r = lane / CHUNKS; r < 32; r += 32 / CHUNKS)
-                if (first + r < rows && !(kept >> r & 1)) __stcs(out + r * out_stride(p), make_uint4(0, 0, 0, 0));
+                for (int r = lane / CHUNKS; r < 32; r += 32 / CHUNKS)
+                    if (first + r < rows && !(kept >> r & 1)) __stcs(out + r * out_stride(p), make_uint4(0, 0, 0, 0));
+            }
         }
     }
 }
