@@ -230,3 +230,10 @@ def test_compiles(backend):
     for M in (9, 5):
         arguments = tensors(M=M)
         assert torch.equal(compiled(*arguments), zk.sparse_attention(*arguments))
+
+
+def test_compiles_where_all_sizes_are_symbols():
+    compiled = torch.compile(zk.sparse_attention, fullgraph=True, backend="eager", dynamic=True)
+    for sizes in ({"B": 2, "N": 9}, {"B": 3, "N": 12}, {"B": 5, "N": 20, "Hq": 6}):
+        arguments = tensors(**sizes)
+        assert torch.equal(compiled(*arguments), zk.sparse_attention(*arguments))

@@ -143,7 +143,8 @@ def int32(name: str, x: Tensor, device: torch.device, *shapes: tuple[int, ...], 
     _tensor(name, x)
     if x.dtype != torch.int32:
         raise TypeError(f"{name}: expected int32 {meaning}, got {x.dtype} of shape {_shape(x)}")
-    if tuple(x.shape) not in shapes:
+    # `torch.compile` finds no tuple of symbolic sizes in another, hence the comparison one by one.
+    if tuple(x.shape) not in shapes and not any(_same(x.shape, shape) for shape in shapes):
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name}: expected int32 {meaning}, here {wanted}, got shape {_shape(x)}")
     if x.device != device:
@@ -346,6 +347,10 @@ def _tensor(name: str, x: object) -> None:
 
 def _type(x: object) -> str:
     return type(x).__name__
+
+
+def _same(shape: torch.Size, wanted: tuple[int, ...]) -> bool:
+    return len(shape) == len(wanted) and all(n == m for n, m in zip(shape, wanted, strict=True))
 
 
 def _shape(x: Tensor) -> list[int]:
