@@ -1,11 +1,15 @@
 """The documents: their Python examples run as they stand, and their links lead somewhere."""
 
+import inspect
 import json
+import math
 import re
 import textwrap
 from pathlib import Path
 
 import pytest
+
+import zipvl_kernels as zk
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ("README.md", "docs/operators.md", "docs/integration.md")
@@ -74,8 +78,44 @@ def test_the_serving_table_is_the_record():
     ]
 
 
+def test_the_speed_table_is_the_record():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    record = json.loads((ROOT / "bench" / "results" / "h200" / "bench.json").read_text(encoding="utf-8"))
+    kept = record["settings"]["keep_ratio"]
+    found = {}
+    for row in record["rows"]:
+        if row["operator"] == "zipvl_prefill_" and row["shape"]["kept"] == math.ceil(kept * row["shape"]["N"]):
+            found.setdefault((row["heads"], row["shape"]["N"]), {})[row["provider"]] = row
+    assert len(found) == 10
+    for (heads, N), rows in found.items():
+        dense, ours, triton, recipe = (
+            rows[name] for name in ("cuDNN dense", "zipvl", "zipvl, triton", "recipe in torch")
+        )
+        times = f"| {heads} | {N:,} | {dense['p50_ms']:.3f} | {ours['p50_ms']:.3f} | {ours['x_dense']:.2f} |"
+        line = next((line for line in text.splitlines() if line.startswith(times)), "")
+        assert line.endswith(f"| {triton['x_dense']:.2f} | {recipe['x_dense']:.2f} |"), times
+
+
 def test_no_example_is_left_out():
     for document in documents():
         text = (ROOT / document).read_text(encoding="utf-8")
         assert len(list(blocks(text))) == text.count("```python"), f"{document}: a Python block that is not closed"
         assert document in RUN or "```python" not in text, f"{document}: has examples that no test runs"
+
+
+def test_signatures_are_those_of_the_operators():
+    """Every operator's, with all arguments, in their order, and their defaults."""
+    text = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+    written = {name: " ".join(arguments.split()) for name, arguments in re.findall(r"`zk\.(\w+)\(([^`]*)\)\s*->", text)}
+    operators = [name for name in zk.__all__ if name != "backends"]
+    assert written == {name: arguments_of(getattr(zk, name)) for name in operators}
+
+
+def arguments_of(fn):
+    found = []
+    for name, parameter in inspect.signature(fn).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in found:
+            found.append("*")
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}".replace("'", '"')
+        found.append(name + default)
+    return ", ".join(found)
