@@ -9,20 +9,18 @@ in the same run. Needs a GPU, and writes bench/results/GPU/all_layers.json.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
 import torch
+from records import default_path, origin, write
 from torch import Tensor
-from zipvl_adapters.cli.env import commit, versions
 from zipvl_adapters.cli.timing import ceilings, sets_of, time_calls
 
 import zipvl_kernels as zk
 
-ROOT = Path(__file__).resolve().parents[1]
 KEEP_RATIO, D, PAGE = 0.367, 128, 16
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 Lists = list[list[Tensor]]
@@ -151,9 +149,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="default: bench/results/GPU/all_layers.json")
     args = parser.parse_args()
-    name, found = torch.cuda.get_device_name(), ceilings()
-    rows = []
-    print(f"{name}: copy {found['copy_bytes_per_second'] / 1e12:.2f} TB/s")
+    found, out = ceilings(), args.out or default_path("all_layers")
+    rows: list[dict[str, object]] = []
+    record = {**origin("all_layers"), "keep_ratio": KEEP_RATIO, "dtype": "bfloat16", "ceilings": found, "rows": rows}
+    print(f"{record['device']}: copy {found['copy_bytes_per_second'] / 1e12:.2f} TB/s")
     for case in cases():
         for row in measure(case, found["copy_bytes_per_second"]):
             rows.append(row)
@@ -163,21 +162,8 @@ def main() -> None:
                 f"  {row['by']:14}  {row['p50_ms']:8.4f} ms  {row['x_copy']:.2f} x copy",
                 flush=True,
             )
+        write(out, record)
         torch.cuda.empty_cache()
-    record = {
-        "command": "python bench/all_layers.py",
-        "device": name,
-        "keep_ratio": KEEP_RATIO,
-        "dtype": "bfloat16",
-        "ceilings": found,
-        "versions": versions(),
-        "commit": commit(),
-        "rows": rows,
-    }
-    folder = ROOT / "bench" / "results" / name.removeprefix("NVIDIA ").split()[0].lower()
-    out = args.out or folder / "all_layers.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

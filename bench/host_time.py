@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import json
 import pstats
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,11 @@ from statistics import quantiles
 from time import perf_counter
 
 import torch
-from zipvl_adapters.cli.env import commit, device_name, versions
+from records import default_path, origin, write
+from zipvl_adapters.cli.env import device_name
 
 import zipvl_kernels as zk
 
-ROOT = Path(__file__).resolve().parents[1]
 Hq, Hkv, N, D, LAYERS = 28, 4, 2880, 128, 40
 ROUNDS, CALLS = 100, 20  # the queue is emptied after each round of calls
 Calls = dict[str, Callable[[], object]]
@@ -94,29 +93,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="these operators")
     parser.add_argument("--out", type=Path, help="default: bench/results/GPU/host_time.json")
     args = parser.parse_args()
-    name = torch.cuda.get_device_name()
+    times: dict[str, dict[str, float]] = {}
     record = {
-        "command": "python bench/host_time.py",
-        "device": name,
+        **origin("host_time"),
         "processor": device_name(torch.device("cpu")),
         "shape": {"Hq": Hq, "Hkv": Hkv, "N": N, "D": D, "dtype": "bfloat16"},
-        "versions": versions(),
-        "commit": commit(),
-        "microseconds": {},
+        "microseconds": times,
     }
     for operator, call in calls().items():
         if args.only and operator not in args.only:
             continue
-        record["microseconds"][operator] = found = microseconds(call)
+        times[operator] = found = microseconds(call)
         print(f"{operator:28} {found['p50']:7.1f} µs  (20 % {found['p20']:.1f}, 80 % {found['p80']:.1f})", flush=True)
         if args.profile:
             print_profile(call, 25)
     if not args.only:
-        out = (
-            args.out or ROOT / "bench" / "results" / name.removeprefix("NVIDIA ").split()[0].lower() / "host_time.json"
-        )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write(args.out or default_path("host_time"), record)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ Captured graphs, replayed in turn on inputs that are restored before, in the sam
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from records import default_path, origin, write
 from torch import Tensor
-from zipvl_adapters.cli.env import commit, versions
 from zipvl_adapters.cli.timing import sets_of, time_calls
 
 import zipvl_kernels as zk
@@ -106,28 +105,21 @@ def measure(Hq: int, Hkv: int, lengths: tuple[int, ...]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/packed.json"))
+    parser.add_argument("--out", type=Path, help="default: bench/results/GPU/packed.json")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench/packed.py: torch sees no GPU ('zipvl env' shows what it sees)")
-    rows = []
+    rows: list[dict[str, object]] = []
+    measured = f"milliseconds of one zipvl_prefill_, keep_ratio {KEEP_RATIO}, D {D}, bf16; graphs in turn"
+    record, out = {**origin("packed"), "measured": measured, "rows": rows}, args.out or default_path("packed")
     for Hq, Hkv in GEOMETRIES:
         for lengths in LENGTHS:
             row = measure(Hq, Hkv, lengths)
             rows.append(row)
+            write(out, record)
             shape = f"{len(lengths)} x {lengths[0]}" if row["equal_work"] else f"{len(lengths)} of {sum(lengths)} rows"
             print(f"{row['heads']:>6} {shape:>16}  packed / dense: {row['packed_over_dense']:.3f}", flush=True)
-    record = {
-        "command": "python bench/packed.py",
-        "measured": f"milliseconds of one zipvl_prefill_, keep_ratio {KEEP_RATIO}, D {D}, bf16; graphs in turn",
-        "device": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "commit": commit(),
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"file: {args.out}")
+    print(f"file: {out}")
 
 
 if __name__ == "__main__":

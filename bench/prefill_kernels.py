@@ -7,12 +7,11 @@ Hopper a kernel starts under the one before it, and its time then includes how l
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
+from records import default_path, origin, write
 from torch.profiler import ProfilerActivity, profile
-from zipvl_adapters.cli.env import commit, versions
 
 import zipvl_kernels as zk
 
@@ -39,22 +38,15 @@ def kernel_microseconds(Hq: int, Hkv: int, N: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2880, 8192, 32768])
-    parser.add_argument("--out", type=Path, default=Path("out/prefill_kernels.json"))
+    parser.add_argument("--out", type=Path, help="default: bench/results/GPU/prefill_kernels.json")
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, object]] = []
+    record = {**origin("prefill_kernels"), "rows": rows}
     for Hq, Hkv in ((28, 4), (40, 40)):
         for N in args.lengths:
             rows.append({"heads": f"{Hq}/{Hkv}", "N": N, "microseconds": kernel_microseconds(Hq, Hkv, N)})
             print(rows[-1], flush=True)
-    record = {
-        "command": "python bench/prefill_kernels.py",
-        "device": torch.cuda.get_device_name(),
-        "versions": versions(),
-        "commit": commit(),
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write(args.out or default_path("prefill_kernels"), record)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the collective alone. The slowest rank counts. Rank 0 prints a table and, with `
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ from time import perf_counter
 
 import torch
 import torch.distributed as dist
-from zipvl_adapters.cli.env import commit, device_name, versions
+from records import origin, write
+from zipvl_adapters.cli.env import device_name
 from zipvl_adapters.ranks import score_tokens
 
 import zipvl_kernels as zk
@@ -105,17 +105,13 @@ def main() -> None:
                     flush=True,
                 )
     if first and args.out:
-        record = {
+        about = {
             "command": f"torchrun --nproc-per-node {ranks} bench/tensor_parallel.py",
             "ranks": ranks,
             "backend": dist.get_backend(),
             "device": device_name(device),
-            "versions": versions(),
-            "commit": commit(),
-            "layers": rows,
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write(args.out, origin("tensor_parallel") | about | {"layers": rows})
     dist.destroy_process_group()
 
 

@@ -9,9 +9,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from records import DEVICE, default_path, origin, write
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
-from zipvl_adapters.cli.env import commit, device_name, versions
-from zipvl_adapters.cli.outputs import whole_files
 from zipvl_adapters.cli.problems import KEEP_RATIO
 
 __all__ = [
@@ -29,8 +28,6 @@ __all__ = [
     "release",
     "synchronize",
 ]
-ROOT = Path(__file__).resolve().parents[1]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16
 MODELS: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {
     "LLaVA-NeXT-13B": (
@@ -154,10 +151,11 @@ class Record:
     """
 
     def __init__(self, stem: str, out: Path | None, case: tuple[str, ...], about: dict[str, Any]) -> None:
-        gpu = device_name(DEVICE).removeprefix("NVIDIA ").split()[0].lower()
-        default = ROOT / "bench" / "results" / gpu / f"{stem}.json" if DEVICE.type == "cuda" else None
+        default = default_path(stem) if DEVICE.type == "cuda" else None
         self.path, self.case = out or default, case
-        self.about = {"command": f"python bench/{stem}.py", **about, "device": device_name(DEVICE)}
+        now = origin(stem)
+        self.about = {"command": now["command"], **about, "device": now["device"]}
+        self.versions = {name: now[name] for name in ("versions", "commit")}  # of each row, since rows may be older
         self.rows: list[dict[str, Any]] = []
         if self.path and self.path.exists():
             earlier = json.loads(self.path.read_text(encoding="utf-8"))
@@ -168,9 +166,6 @@ class Record:
         """Puts the row in and writes the file."""
         case = [row.get(name) for name in self.case]
         self.rows = [other for other in self.rows if [other.get(name) for name in self.case] != case]
-        self.rows.append(row | {"versions": versions(), "commit": commit()})
-        if self.path is None:
-            return
-        with whole_files(self.path.parent) as folder:
-            text = json.dumps(self.about | {"rows": self.rows}, indent=1) + "\n"
-            (folder / self.path.name).write_text(text, encoding="utf-8")
+        self.rows.append(row | self.versions)
+        if self.path is not None:
+            write(self.path, self.about | {"rows": self.rows})
