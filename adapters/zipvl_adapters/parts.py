@@ -13,8 +13,9 @@ from torch import Tensor, nn
 def mlps_in_parts(decoder: nn.Module, rows: int) -> Callable[[], None]:
     """Every MLP of the decoder takes at most `rows` tokens, of all sequences together, at a time. Returns the undoing.
 
-    No token's MLP depends on another token, so nothing changes but the last bits of products, which may depend on how
-    many rows they have. Raises ValueError for a number below 1.
+    A batch of more sequences than `rows` takes one token of each. No token's MLP depends on another token, so nothing
+    changes but the last bits of products, which may depend on how many rows they have. Raises ValueError for a number
+    below 1.
     """
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"mlp_rows: expected an integer of at least 1, or None, got {rows!r}")

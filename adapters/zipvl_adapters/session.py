@@ -55,8 +55,8 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 def attach(model: PreTrainedModel, policy: Policy | None = None, *, mlp_rows: int | None = None) -> Iterator[Session]:
     """Within the block every `generate()` and `forward()` of `model` runs under `policy` (ZipVLPolicy() by default).
 
-    mlp_rows: the most tokens that an MLP takes at a time, None for all of a prompt. What the MLPs of a long prompt hold
-    in between is most of a prefill's peak memory; only the last bits of results change.
+    mlp_rows: the most tokens that an MLP takes at a time, None for all of a prompt. An MLP of a long prompt then holds
+    less in between; only the last bits of results change.
 
     Yields a `Session` with the cache and the statistics of what ran last. The model is as before afterwards, whatever
     happened. Raises ValueError or TypeError for a model or policy that is not supported, RuntimeError if the model is

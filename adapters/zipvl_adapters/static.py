@@ -28,7 +28,7 @@ class ZipVLStaticLayer(ZipVLLayer):
     is_croppable = False
 
     seen: Any
-    counts: bool  # of the layers that share `seen`, the one that adds to it: a kernel less for each of the others
+    advances: bool  # of the layers that share `seen`, the one that adds to it: a kernel less for each of the others
     query: Any  # [B, Hq, 1, D], of the newest row: what is reselected is scored from it
 
     def reset(self) -> None:
@@ -49,8 +49,8 @@ class ZipVLStaticLayer(ZipVLLayer):
         self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, spare)) for x in (self.keys, self.values))
         self.positions = nn.functional.pad(self.positions, (0, spare))
         self.lens, self.anchor = self.lens.clone(), self.lens.clone()
-        self.counts = self.keys.device not in shared
-        if self.counts:
+        self.advances = self.keys.device not in shared
+        if self.advances:
             shared[self.keys.device] = torch.full((), self.seen, device=self.keys.device)
         self.seen = shared[self.keys.device]
         for x in (self.keys, self.values, self.positions, self.lens, self.anchor, self.seen, self.query):
@@ -63,7 +63,7 @@ class ZipVLStaticLayer(ZipVLLayer):
             super().begin(module, n)
         else:
             self.pending = False
-            if self.counts:
+            if self.advances:
                 self.seen.add_(n)
 
     def note(self, step: Step, *args: Any, **kwargs: Any) -> None:
