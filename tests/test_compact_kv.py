@@ -49,13 +49,13 @@ def test_contract_triton_packed_and_of_layers(monkeypatch, check):
     check(partial(zk.compact_kv_, backend="triton"), device=DEVICE, derandomize=True, max_examples=15)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [64, 4])
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 64), (torch.float32, 4), (torch.float16, 4)])
 def test_contract_triton(monkeypatch, dtype, rows):
+    """Rows are moved as they are, so a dtype is a number of bytes. A tile of 4 rows is several of a sequence."""
     pytest.importorskip("triton")
     monkeypatch.setattr(importlib.import_module("zipvl_kernels._triton.compact_kv"), "ROWS", rows)
     fn = partial(zk.compact_kv_, backend="triton")
-    check_compact_kv(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=30)
+    check_compact_kv(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=15)
 
 
 cuda = pytest.mark.skipif(zk.backends()["cuda"] != "available", reason="needs CuPy and a GPU")

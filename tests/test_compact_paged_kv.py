@@ -51,13 +51,13 @@ def test_contract_over_several_chunks(monkeypatch):
     check_compact_paged_kv(zk.compact_paged_kv_, derandomize=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [64, 4])
+@pytest.mark.parametrize(("dtype", "tile"), [(torch.bfloat16, 64), (torch.float32, 4), (torch.float16, 4)])
 def test_contract_triton(monkeypatch, dtype, tile):
+    """Rows are moved as they are, so a dtype is a number of bytes. A tile of 4 rows is several of a sequence."""
     pytest.importorskip("triton")
     monkeypatch.setattr(importlib.import_module("zipvl_kernels._triton.compact_paged_kv"), "ROWS", tile)
     fn = partial(zk.compact_paged_kv_, backend="triton")
-    check_compact_paged_kv(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=20)
+    check_compact_paged_kv(fn, device=DEVICE, dtype=dtype, derandomize=True, max_examples=12)
 
 
 @pytest.mark.parametrize("package", [zk, zipvl_reference], ids=lambda p: p.__name__)

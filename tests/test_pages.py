@@ -152,7 +152,7 @@ def test_contract_triton_and_several_tiles_of_attention():
         tiles = 16, 16, 4, 2
         return launch(q, k, v, indices, counts, None, q_start, kv_compacted, *tiles, None, None, seqused_k, block_table)
 
-    check_paged_sparse_attention(fn, device=DEVICE, derandomize=True, max_examples=8, block_sizes=(1, 3, 16))
+    check_paged_sparse_attention(fn, device=DEVICE, derandomize=True, max_examples=5, block_sizes=(1, 3, 16))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
