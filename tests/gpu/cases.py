@@ -4,6 +4,7 @@ Without a GPU the same checks run in miniature under Triton's interpreter, as a 
 """
 
 import os
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 
@@ -30,6 +31,16 @@ OPERATORS = (
     "zipvl_prefill_",
 )
 needs_gpu = pytest.mark.skipif(not REAL, reason="needs a GPU")
+
+
+@contextmanager
+def never_waiting():
+    """Within the block a call that makes the host wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def available(operator):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DEVICE, EXAMPLES, REAL, D, chosen, function, needs_gpu
+from cases import DEVICE, EXAMPLES, REAL, D, chosen, function, needs_gpu, never_waiting
 from zipvl_reference.testing import (
     check_compact_kv_of_layers,
     check_compact_paged_kv_of_layers,
@@ -142,11 +142,8 @@ def test_graph_replays_with_other_inputs(backend, page):
     held = draw(6, 2, 1, 2000, seed=0, page=page)
     fn(*held)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         fn(*held)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = fn(*held)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DEVICE, EXAMPLES, HEADS, REAL, D, available, chosen, function, needs_gpu
+from cases import DEVICE, EXAMPLES, HEADS, REAL, D, available, chosen, function, needs_gpu, never_waiting
 from zipvl_reference.pages import in_rows
 from zipvl_reference.testing import (
     check_compact_paged_kv,
@@ -20,6 +20,7 @@ compaction = pytest.mark.parametrize("backend", chosen("compact_paged_kv_"))
 decoding = pytest.mark.parametrize("backend", chosen("decode_attention"))
 # The only kernels of these two that read pages; "auto" takes them.
 scoring = pytest.mark.parametrize("backend", ["triton"] if "triton" in available("score_tokens") else ["auto"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def options(dtype):
@@ -27,25 +28,25 @@ def options(dtype):
     return {"device": DEVICE, "dtype": dtype, "derandomize": True, "max_examples": EXAMPLES, **shapes}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@dtypes
 @compaction
 def test_compaction(backend, dtype):
     check_compact_paged_kv(function("compact_paged_kv_", backend), **options(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@dtypes
 @decoding
 def test_decoding(backend, dtype):
     check_paged_decode_attention(function("decode_attention", backend), **options(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@dtypes
 @scoring
 def test_scores(backend, dtype):
     check_paged_score_tokens(function("score_tokens", backend), **options(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@dtypes
 @scoring
 def test_sparse(backend, dtype):
     check_paged_sparse_attention(function("sparse_attention", backend), **options(dtype))
@@ -76,7 +77,7 @@ def chunk(page, layout, *, N=2880, M=1024, seed=0, dtype=None):
 
 
 @scoring
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@dtypes
 @pytest.mark.parametrize(("page", "layout"), [(1, "HND"), (16, "NHD"), (24, "HND"), (256, "NHD")])
 @pytest.mark.parametrize("N", [2880, 32768] if REAL else [70])
 def test_scores_and_sparse_give_the_bits_of_one_buffer(backend, N, page, layout, dtype):
@@ -165,11 +166,8 @@ def test_scores_and_sparse_replay_with_other_inputs(backend):
     held = inputs(0)
     run(*held)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         run(*held)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run(*held)
@@ -273,11 +271,8 @@ def test_graph_replays_with_other_inputs(backend):
     held = inputs(0)
     run(*(x.clone() for x in held))
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         run(*(x.clone() for x in held))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run(*held)

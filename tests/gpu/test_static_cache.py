@@ -1,7 +1,7 @@
 """`generate()` compiles its steps over a static cache by itself: CUDA graphs that give what eager steps give."""
 
 import torch
-from cases import DEVICE, needs_gpu
+from cases import DEVICE, needs_gpu, never_waiting
 from test_compiled_decode import GREEDY, SPARSE, assert_same_cache, graphs_and_breaks, ragged, static
 from tiny_models import inputs_for, tiny
 from zipvl_adapters import ZipVLPolicy, ZipVLStaticCache, enable
@@ -43,8 +43,5 @@ def test_a_step_never_waits_for_the_device():
     with torch.no_grad():
         kind.model(ids, past_key_values=cache)
         steps(4)  # compiles kernels
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waiting():
             steps(4)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

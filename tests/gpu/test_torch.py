@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from cases import DEVICE, REAL, every_on_tensors, function, inputs, needs_gpu, results
+from cases import DEVICE, REAL, every_on_tensors, function, inputs, needs_gpu, never_waiting, results
 from zipvl_reference.testing.budget import assert_same_bits
 
 import zipvl_kernels as zk
@@ -71,11 +71,8 @@ def test_graph_replays_with_other_inputs(operator, backend):
 def test_never_waits_for_the_device(operator, backend):
     fn, (arguments, options) = function(operator, backend), inputs(operator, (N, 1000))
     results(operator, fn, arguments, options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         fn(*arguments, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu
