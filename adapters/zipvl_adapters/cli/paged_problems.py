@@ -24,7 +24,7 @@ def compact_paged_problem(geometry: Geometry, N: int) -> Problem:
     """Moving the kept rows to the front of a sequence's pages. Run again it moves as many, as `compact_kv_` does."""
     Hkv, D, p = geometry.Hkv, geometry.D, ceil(KEEP_RATIO * N)
     sets = sets_of(4 * N * D * Hkv)
-    inputs: list[tuple[Any, ...]] = [(*_pools(1, geometry, N), *problems._random_set(N, p)) for _ in range(sets)]
+    inputs: list[tuple[Any, ...]] = [(*_pools(1, geometry, N), *problems.random_set(N, p)) for _ in range(sets)]
     used = torch.tensor([N], dtype=torch.int32, device=problems.DEVICE)
     kept = [indices[0, 0, :p].long() for *_, indices, _ in inputs]
     # Row numbers in the whole pool, and a buffer of each sequence's own.
@@ -73,7 +73,7 @@ def paged_decode_problem(geometry: Geometry, N: int, B: int = 1) -> Problem:
     """One new row over pages with `N` used rows a sequence; dense is cuDNN's over one buffer."""
     Hq, Hkv, D = geometry.Hq, geometry.Hkv, geometry.D
     sets = sets_of(4 * B * N * D * Hkv)
-    inputs: list[tuple[Any, ...]] = [(problems._draw(B, Hq, 1, D), *_pools(B, geometry, N)) for _ in range(sets)]
+    inputs: list[tuple[Any, ...]] = [(problems.draw(B, Hq, 1, D), *_pools(B, geometry, N)) for _ in range(sets)]
     buffers: list[Any] = [[_gathered(x, table)[:, :, :N] for x in (k, v)] for _, k, v, table in inputs]
     used = torch.full((B,), N, dtype=torch.int32, device=problems.DEVICE)
 
@@ -88,9 +88,9 @@ def paged_decode_problem(geometry: Geometry, N: int, B: int = 1) -> Problem:
         (q, *_), (k, v), last = inputs[0], buffers[0], torch.tensor([N - 1], device=problems.DEVICE)
         out = call(fn)(0)
         for b in range(B):
-            exact, plain = (problems._attended(q[b], k[b], v[b], last, t) for t in (torch.float64, problems.DTYPE))
-            rounding = problems._rounding(q, k) * float(v.abs().max())
-            problems._assert_within("out", out[b], exact, plain, rounding, problems.DTYPE)
+            exact, plain = (problems.attended(q[b], k[b], v[b], last, t) for t in (torch.float64, problems.DTYPE))
+            rounding = problems.rounding_of(q, k) * float(v.abs().max())
+            problems.assert_within("out", out[b], exact, plain, rounding, problems.DTYPE)
 
     return Problem(
         "decode_attention",
@@ -112,7 +112,7 @@ def paged_score_problem(geometry: Geometry, N: int) -> Problem:
     """The scores of `N` tokens by the probes of a chunk. Over one buffer "auto" may take another kernel than here."""
     Hq, Hkv, D, M = geometry.Hq, geometry.Hkv, geometry.D, min(CHUNK, N)
     sets = sets_of(2 * D * (M * Hq + N * Hkv))
-    inputs: list[tuple[Any, ...]] = [(problems._draw(1, Hq, M, D), *_pools(1, geometry, N)) for _ in range(sets)]
+    inputs: list[tuple[Any, ...]] = [(problems.draw(1, Hq, M, D), *_pools(1, geometry, N)) for _ in range(sets)]
     buffers = [_gathered(k, table)[:, :, :N] for _, k, _, table in inputs]
     used = torch.tensor([N], dtype=torch.int32, device=problems.DEVICE)
     rows = zk.probe_rows(M, device=problems.DEVICE)
@@ -129,8 +129,8 @@ def paged_score_problem(geometry: Geometry, N: int) -> Problem:
         exact, plain = (problems.scores(q, buffers[0], rows + N - M, t) for t in (torch.float64, problems.DTYPE))
         for name, got, e, p in zip(("accumulated", "normalized"), call(fn)(0), exact, plain, strict=True):
             assert not got[..., N:].any(), f"{name}: expected 0 in columns that are not used"
-            rounding = problems._rounding(q, buffers[0]) * float(e.max())
-            problems._assert_within(name, got[..., :N], e, p, rounding, torch.float32)
+            rounding = problems.rounding_of(q, buffers[0]) * float(e.max())
+            problems.assert_within(name, got[..., :N], e, p, rounding, torch.float32)
 
     return Problem(
         "score_tokens",
@@ -150,7 +150,7 @@ def paged_sparse_problem(geometry: Geometry, N: int) -> Problem:
     Hq, Hkv, D, M, p = geometry.Hq, geometry.Hkv, geometry.D, min(CHUNK, N), ceil(KEEP_RATIO * N)
     sets = sets_of(2 * D * (2 * M * Hq + 2 * N * Hkv))
     inputs: list[tuple[Any, ...]] = [
-        (problems._draw(1, Hq, M, D), *_pools(1, geometry, N), *problems._random_set(N, p)) for _ in range(sets)
+        (problems.draw(1, Hq, M, D), *_pools(1, geometry, N), *problems.random_set(N, p)) for _ in range(sets)
     ]
     buffers: list[Any] = [[_gathered(x, table)[:, :, :N] for x in (k, v)] for _, k, v, table, *_ in inputs]
     used = torch.tensor([N], dtype=torch.int32, device=problems.DEVICE)
@@ -172,9 +172,9 @@ def paged_sparse_problem(geometry: Geometry, N: int) -> Problem:
         at = at[torch.randperm(asked, device=problems.DEVICE)[: problems.SAMPLED_ROWS]]
         at[0], at[-1] = p - asked, p - 1
         rows = kept[at] - (N - M)
-        exact, plain = (problems._attended(q[0, :, rows], k, v, at, t) for t in (torch.float64, problems.DTYPE))
-        rounding = problems._rounding(q, k[None]) * float(v.abs().max())
-        problems._assert_within("out", out[0, :, rows], exact, plain, rounding, problems.DTYPE)
+        exact, plain = (problems.attended(q[0, :, rows], k, v, at, t) for t in (torch.float64, problems.DTYPE))
+        rounding = problems.rounding_of(q, k[None]) * float(v.abs().max())
+        problems.assert_within("out", out[0, :, rows], exact, plain, rounding, problems.DTYPE)
         dropped = torch.ones(M, dtype=torch.bool, device=problems.DEVICE)
         dropped[kept[p - asked :] - (N - M)] = False
         assert bool((out[0, :, dropped] == 0).all()), "out: expected exactly 0 in rows that are not kept"
@@ -189,7 +189,7 @@ def paged_sparse_problem(geometry: Geometry, N: int) -> Problem:
         baselines={
             ONE_BUFFER: lambda i: zk.sparse_attention(inputs[i][0], *buffers[i], *inputs[i][4:]),
         },
-        flops=problems._attention_flops(Hq, p, D) - problems._attention_flops(Hq, p - asked, D),
+        flops=problems.attention_flops(Hq, p, D) - problems.attention_flops(Hq, p - asked, D),
     )
 
 

@@ -72,7 +72,7 @@ def score_problem(geometry: Geometry, N: int) -> Problem:
     """The probes' scores of all tokens; the bytes are those of reading K once."""
     sets = sets_of(2 * N * geometry.D * (geometry.Hq + geometry.Hkv))
     inputs: list[tuple[Any, ...]] = [
-        (_draw(1, geometry.Hq, N, geometry.D), _draw(1, geometry.Hkv, N, geometry.D)) for _ in range(sets)
+        (draw(1, geometry.Hq, N, geometry.D), draw(1, geometry.Hkv, N, geometry.D)) for _ in range(sets)
     ]
     rows = zk.probe_rows(N, device=DEVICE)
 
@@ -81,7 +81,7 @@ def score_problem(geometry: Geometry, N: int) -> Problem:
         got = fn(q, k, rows)
         exact, plain = (scores(q, k, rows, t) for t in (torch.float64, DTYPE))
         for name, g, e, p in zip(("accumulated", "normalized"), got, exact, plain, strict=True):
-            _assert_within(name, g, e, p, _rounding(q, k) * float(e.max()), torch.float32)
+            assert_within(name, g, e, p, rounding_of(q, k) * float(e.max()), torch.float32)
 
     return Problem(
         "score_tokens",
@@ -132,7 +132,7 @@ def compact_problem(geometry: Geometry, N: int) -> Problem:
     p = ceil(KEEP_RATIO * N)
     sets = sets_of(4 * N * geometry.D * geometry.Hkv)
     inputs: list[tuple[Any, ...]] = [
-        (*(_draw(1, geometry.Hkv, N, geometry.D) for _ in range(2)), *_random_set(N, p)) for _ in range(sets)
+        (*(draw(1, geometry.Hkv, N, geometry.D) for _ in range(2)), *random_set(N, p)) for _ in range(sets)
     ]
     kept = [indices[0, 0, :p].long() for *_, indices, _ in inputs]
 
@@ -159,8 +159,7 @@ def sparse_problem(geometry: Geometry, N: int) -> Problem:
     Hq, Hkv, D, p = geometry.Hq, geometry.Hkv, geometry.D, ceil(KEEP_RATIO * N)
     sets = sets_of(2 * D * (2 * N * Hq + 2 * p * Hkv))
     inputs: list[tuple[Any, ...]] = [
-        (_draw(1, Hq, N, D), *(_draw(1, Hkv, N, D)[:, :, :p] for _ in range(2)), *_random_set(N, p))
-        for _ in range(sets)
+        (draw(1, Hq, N, D), *(draw(1, Hkv, N, D)[:, :, :p] for _ in range(2)), *random_set(N, p)) for _ in range(sets)
     ]
     dense: list[tuple[Any, ...]] = [
         (q[:, :, ix[0, 0, :p].long()].contiguous(), k.contiguous(), v.contiguous()) for q, k, v, ix, _ in inputs
@@ -179,7 +178,7 @@ def sparse_problem(geometry: Geometry, N: int) -> Problem:
         check,
         CUDNN,
         {CUDNN: lambda i: cudnn(*dense[i]), **_flash(dense)},
-        flops=_attention_flops(Hq, p, D),
+        flops=attention_flops(Hq, p, D),
     )
 
 
@@ -187,9 +186,7 @@ def decode_problem(geometry: Geometry, N: int, B: int = 1) -> Problem:
     """One new row over a cache of `N` used rows; dense is cuDNN's."""
     Hq, Hkv, D = geometry.Hq, geometry.Hkv, geometry.D
     sets = sets_of(4 * B * N * D * Hkv)
-    inputs: list[tuple[Any, ...]] = [
-        (_draw(B, Hq, 1, D), *(_draw(B, Hkv, N, D) for _ in range(2))) for _ in range(sets)
-    ]
+    inputs: list[tuple[Any, ...]] = [(draw(B, Hq, 1, D), *(draw(B, Hkv, N, D) for _ in range(2))) for _ in range(sets)]
     used = torch.full((B,), N, dtype=torch.int32, device=DEVICE)
 
     def check(fn: Fn) -> None:
@@ -197,8 +194,8 @@ def decode_problem(geometry: Geometry, N: int, B: int = 1) -> Problem:
         out = fn(q, k, v, used)
         last = torch.tensor([N - 1], device=DEVICE)
         for b in range(B):
-            exact, plain = (_attended(q[b], k[b], v[b], last, t) for t in (torch.float64, DTYPE))
-            _assert_within("out", out[b], exact, plain, _rounding(q, k) * float(v.abs().max()), DTYPE)
+            exact, plain = (attended(q[b], k[b], v[b], last, t) for t in (torch.float64, DTYPE))
+            assert_within("out", out[b], exact, plain, rounding_of(q, k) * float(v.abs().max()), DTYPE)
 
     return Problem(
         "decode_attention",
@@ -217,8 +214,8 @@ def prefill_problem(geometry: Geometry, N: int, keep_ratio: float = KEEP_RATIO) 
     """The whole prefill of a layer against dense attention over everything."""
     Hq, Hkv, D, p = geometry.Hq, geometry.Hkv, geometry.D, ceil(keep_ratio * N)
     sets = sets_of(2 * D * N * (2 * Hq + 2 * Hkv))
-    clean = [_draw(1, Hkv, N, D) for _ in range(2)]
-    inputs: list[tuple[Any, ...]] = [(_draw(1, Hq, N, D), *(torch.clone(x) for x in clean)) for _ in range(sets)]
+    clean = [draw(1, Hkv, N, D) for _ in range(2)]
+    inputs: list[tuple[Any, ...]] = [(draw(1, Hq, N, D), *(torch.clone(x) for x in clean)) for _ in range(sets)]
     rows = zk.probe_rows(N, device=DEVICE)
 
     def restore() -> None:  # what is timed compacts k and v, and compacted tokens would be selected otherwise
@@ -253,7 +250,7 @@ def prefill_problem(geometry: Geometry, N: int, keep_ratio: float = KEEP_RATIO) 
             **_flash(inputs),
         },
         restore,
-        flops=_attention_flops(Hq, p, D) + 2 * 2 * Hq * len(rows) * N * D,
+        flops=attention_flops(Hq, p, D) + 2 * 2 * Hq * len(rows) * N * D,
     )
 
 
@@ -316,23 +313,23 @@ def _flash(inputs: list[tuple[Any, ...]]) -> dict[str, Call]:
     return {FLASH: lambda i: flash_attn_func(*(x.transpose(1, 2) for x in inputs[i][:3]), causal=True)}
 
 
-def _draw(B: int, heads: int, rows: int, D: int) -> Tensor:
+def draw(B: int, heads: int, rows: int, D: int) -> Tensor:
     return torch.randn(B, rows, heads, D, dtype=DTYPE, device=DEVICE).transpose(1, 2)
 
 
-def _random_set(N: int, p: int) -> tuple[Tensor, Tensor]:
+def random_set(N: int, p: int) -> tuple[Tensor, Tensor]:
     """`indices [1, 1, N]` and `counts [1, 1]` of `p` random tokens."""
     indices = torch.full((1, 1, N), -1, dtype=torch.int32, device=DEVICE)
     indices[0, 0, :p] = torch.randperm(N, device=DEVICE)[:p].sort().values
     return indices, torch.tensor([[p]], dtype=torch.int32, device=DEVICE)
 
 
-def _attention_flops(Hq: int, n: int, D: int) -> int:
+def attention_flops(Hq: int, n: int, D: int) -> int:
     """Of causal attention among `n` tokens: two products over the lower triangle."""
     return 4 * D * Hq * n * (n + 1) // 2
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
+def attended(q: Tensor, k: Tensor, v: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows `q [Hq, S, D]` that stand at `at [S]`, over `k, v [Hkv, n, D]`, in `dtype`, a KV head at a time."""
     group, later = q.shape[0] // k.shape[0], torch.arange(k.shape[1], device=q.device) > at[:, None]
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -348,8 +345,8 @@ def _check_attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor)
     p = len(kept)
     at = torch.randperm(p, device=q.device)[:SAMPLED_ROWS]
     at[0], at[-1] = 0, p - 1
-    exact, plain = (_attended(q[0, :, kept[at]], k[0], v[0], at, t) for t in (torch.float64, DTYPE))
-    _assert_within("out", out[0, :, kept[at]], exact, plain, _rounding(q, k) * float(v.abs().max()), DTYPE)
+    exact, plain = (attended(q[0, :, kept[at]], k[0], v[0], at, t) for t in (torch.float64, DTYPE))
+    assert_within("out", out[0, :, kept[at]], exact, plain, rounding_of(q, k) * float(v.abs().max()), DTYPE)
     dropped = torch.ones(q.shape[2], dtype=torch.bool, device=q.device)
     dropped[kept] = False
     assert bool((out[0, :, dropped] == 0).all()), "out: expected exactly 0 in rows that are not kept"
@@ -368,13 +365,13 @@ def _check_choice(exact: Tensor, plain: Tensor, kept: Tensor) -> None:
         assert least >= best - 2 * slack, f"indices: a token of {least:.6g} kept before one of {best:.6g}"
 
 
-def _rounding(q: Tensor, k: Tensor) -> float:
+def rounding_of(q: Tensor, k: Tensor) -> float:
     """What roundings to fp32 can change in a softmax average, relatively: see `zipvl_reference.testing.budget.atom`."""
     largest = q.abs().amax((0, 1, 2)).double() @ k.abs().amax((0, 1, 2)).double() * q.shape[3] ** -0.5
     return float(2 * largest + 4) * torch.finfo(torch.float32).eps
 
 
-def _assert_within(name: str, got: Tensor, exact: Tensor, plain: Tensor, rounding: float, dtype: torch.dtype) -> None:
+def assert_within(name: str, got: Tensor, exact: Tensor, plain: Tensor, rounding: float, dtype: torch.dtype) -> None:
     """At most twice the error of the plain computation, plus what a rounding can change, as the contract has it.
 
     Each row has a budget of its own: the first ones are large, and would hide that the last are wrong.
