@@ -2,7 +2,7 @@
 
 NCCL where every rank has a GPU of its own, gloo on the CPU elsewhere. Times, for one layer and a batch of one, the
 scores over the heads of all ranks (probes, exchange, sum), the same heads scored without an exchange, and
-the collective alone. The slowest rank counts. Rank 0 prints a table and, with `--out FILE`, writes it as JSON.
+the collective alone. The slowest rank counts. Rank 0 prints a table and writes it as JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from time import perf_counter
 
 import torch
 import torch.distributed as dist
-from records import origin, write
+from records import default_path, origin, write
 from zipvl_adapters.cli.env import device_name
 from zipvl_adapters.ranks import score_tokens
 
@@ -78,7 +78,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="timed repetitions of each call")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens")
-    parser.add_argument("--out", type=Path, help="write the measurements here as JSON")
+    parser.add_argument(
+        "--out", type=Path, help="default: bench/results/GPU/tensor_parallel.json, and nothing on a CPU"
+    )
     args = parser.parse_args()
 
     local = int(os.environ["LOCAL_RANK"])
@@ -88,7 +90,15 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if enough else "gloo")
     first, ranks = dist.get_rank() == 0, dist.get_world_size()
-    rows = []
+    rows: list[dict[str, object]] = []
+    record = origin("tensor_parallel") | {
+        "command": f"torchrun --nproc-per-node {ranks} bench/tensor_parallel.py",
+        "ranks": ranks,
+        "backend": dist.get_backend(),
+        "device": device_name(device),
+        "layers": rows,
+    }
+    out = args.out or (default_path("tensor_parallel") if enough else None)
     if first:
         print(f"{ranks} ranks, {dist.get_backend()}, {device_name(device)}: milliseconds of one layer's scores")
         print(f"{'heads':>8} {'tokens':>8} {'sent KiB':>9} {'over ranks':>11} {'of a rank':>10} {'collective':>11}")
@@ -104,14 +114,8 @@ def main() -> None:
                     f"{row['scores_of_a_rank_ms']:>10.3f} {row['collective_ms']:>11.3f}",
                     flush=True,
                 )
-    if first and args.out:
-        about = {
-            "command": f"torchrun --nproc-per-node {ranks} bench/tensor_parallel.py",
-            "ranks": ranks,
-            "backend": dist.get_backend(),
-            "device": device_name(device),
-        }
-        write(args.out, origin("tensor_parallel") | about | {"layers": rows})
+                if out:
+                    write(out, record)
     dist.destroy_process_group()
 
 
