@@ -1,5 +1,6 @@
 """The wheel, built from the sdist and installed outside the checkout: what is in it, and that it passes the tests."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,9 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason=
 
 
 def run(*command, cwd):
-    """Standard output of a command that has to succeed."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    """Standard output of a command that has to succeed; a path to the checkout in the environment is not its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
