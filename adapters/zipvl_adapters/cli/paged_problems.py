@@ -13,6 +13,7 @@ from torch import Tensor
 
 import zipvl_kernels as zk
 from zipvl_adapters.cli import problems
+from zipvl_adapters.cli.exact import SAMPLED_ROWS, assert_within, attended, rounding_of, scores
 from zipvl_adapters.cli.problems import CUDNN, KEEP_RATIO, RECIPE, Fn, Geometry, Problem, cudnn
 from zipvl_adapters.cli.timing import sets_of
 
@@ -88,9 +89,9 @@ def paged_decode_problem(geometry: Geometry, N: int, B: int = 1) -> Problem:
         (q, *_), (k, v), last = inputs[0], buffers[0], torch.tensor([N - 1], device=problems.DEVICE)
         out = call(fn)(0)
         for b in range(B):
-            exact, plain = (problems.attended(q[b], k[b], v[b], last, t) for t in (torch.float64, problems.DTYPE))
-            rounding = problems.rounding_of(q, k) * float(v.abs().max())
-            problems.assert_within("out", out[b], exact, plain, rounding, problems.DTYPE)
+            exact, plain = (attended(q[b], k[b], v[b], last, t) for t in (torch.float64, problems.DTYPE))
+            rounding = rounding_of(q, k) * float(v.abs().max())
+            assert_within("out", out[b], exact, plain, rounding, problems.DTYPE)
 
     return Problem(
         "decode_attention",
@@ -126,11 +127,11 @@ def paged_score_problem(geometry: Geometry, N: int) -> Problem:
 
     def check(fn: Fn) -> None:
         q = torch.nn.functional.pad(inputs[0][0], (0, 0, N - M, 0))  # as the queries of the whole prompt
-        exact, plain = (problems.scores(q, buffers[0], rows + N - M, t) for t in (torch.float64, problems.DTYPE))
+        exact, plain = (scores(q, buffers[0], rows + N - M, t) for t in (torch.float64, problems.DTYPE))
         for name, got, e, p in zip(("accumulated", "normalized"), call(fn)(0), exact, plain, strict=True):
             assert not got[..., N:].any(), f"{name}: expected 0 in columns that are not used"
-            rounding = problems.rounding_of(q, buffers[0]) * float(e.max())
-            problems.assert_within(name, got[..., :N], e, p, rounding, torch.float32)
+            rounding = rounding_of(q, buffers[0]) * float(e.max())
+            assert_within(name, got[..., :N], e, p, rounding, torch.float32)
 
     return Problem(
         "score_tokens",
@@ -169,12 +170,12 @@ def paged_sparse_problem(geometry: Geometry, N: int) -> Problem:
         k, v = (x[0, :, kept] for x in buffers[0])
         out = call(fn)(0)
         at = torch.arange(p - asked, p, device=problems.DEVICE)  # which members stand in the chunk
-        at = at[torch.randperm(asked, device=problems.DEVICE)[: problems.SAMPLED_ROWS]]
+        at = at[torch.randperm(asked, device=problems.DEVICE)[:SAMPLED_ROWS]]
         at[0], at[-1] = p - asked, p - 1
         rows = kept[at] - (N - M)
-        exact, plain = (problems.attended(q[0, :, rows], k, v, at, t) for t in (torch.float64, problems.DTYPE))
-        rounding = problems.rounding_of(q, k[None]) * float(v.abs().max())
-        problems.assert_within("out", out[0, :, rows], exact, plain, rounding, problems.DTYPE)
+        exact, plain = (attended(q[0, :, rows], k, v, at, t) for t in (torch.float64, problems.DTYPE))
+        rounding = rounding_of(q, k[None]) * float(v.abs().max())
+        assert_within("out", out[0, :, rows], exact, plain, rounding, problems.DTYPE)
         dropped = torch.ones(M, dtype=torch.bool, device=problems.DEVICE)
         dropped[kept[p - asked :] - (N - M)] = False
         assert bool((out[0, :, dropped] == 0).all()), "out: expected exactly 0 in rows that are not kept"
