@@ -201,8 +201,11 @@ def layers(shared: Mapping[str, Any] | None = None, **given: Any) -> tuple[list[
         given[name] = [x] * len(some) if isinstance(x, Tensor) and isinstance(some, Sequence) else x
     for name, tensors in given.items():
         if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-            raise TypeError(f"{name}: expected a sequence of tensors like {first}, got {_type(tensors)}")
-        if len(tensors) != len(some) or not tensors:
+            wanted = "a tensor or a sequence of tensors" if name == first else f"a sequence of tensors like {first}"
+            raise TypeError(f"{name}: expected {wanted}, got {_type(tensors)}")
+        if not tensors:
+            raise ValueError(f"{name}: expected a tensor of each layer, at least one, got 0")
+        if len(tensors) != len(some):
             raise ValueError(f"{name}: expected a tensor of each layer, as many as {first} has, got {len(tensors)}")
         _tensor(f"{name}[0]", tensors[0])
         like = tensors[0]
