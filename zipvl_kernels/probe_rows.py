@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -41,7 +41,7 @@ def probe_rows(
     _validate.whole_number("seed", seed)
     where = torch.device(device) if device else None
     if cu_seqlens is not None:
-        where = _validate.sequence_bounds(cu_seqlens, where)
+        where = _validate_where.sequence_bounds(cu_seqlens, where)
     rows: Tensor = _probe_rows(num_rows, num_recent, num_random, seed, where, cu_seqlens)
     return rows
 

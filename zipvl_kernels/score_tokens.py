@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -55,13 +55,13 @@ def score_tokens(
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.layout(layout)
+    _validate_where.layout(layout)
     if block_table is None:
         _validate.heads(q=q, k=k, packed=cu_seqlens is not None)
     else:
-        _validate.paged(q, block_table, seqused_k, cu_seqlens, layout, k=k)
+        _validate_where.paged(q, block_table, seqused_k, cu_seqlens, layout, k=k)
     places = {"q_start": q_start, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
-    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
+    max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
     B = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _validate.probe_numbers(probe_rows, B, q.device)
     _validate.scale(scale)
