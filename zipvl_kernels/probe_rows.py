@@ -33,10 +33,12 @@ def probe_rows(
 
     Raises:
         TypeError: an argument is not a whole number, or `cu_seqlens` not int32.
-        ValueError: an argument other than `seed` is negative, or no probe is asked for at all; the shape or device of
-            `cu_seqlens`.
+        ValueError: an argument other than `seed` is negative, `num_rows` more than int32 holds, or no probe is asked for
+            at all; the shape or device of `cu_seqlens`.
     """
     _validate.not_negative(num_rows=num_rows)
+    if num_rows >= 2**31:
+        raise ValueError(f"num_rows: expected less than 2**31, since row numbers are int32, got {num_rows!r}")
     _validate.probes(num_recent, num_random)
     _validate.whole_number("seed", seed)
     where = torch.device(device) if device else None
