@@ -31,8 +31,7 @@ def score_tokens(
 
     Args:
         q: `[B, Hq, M, D]`, fp16, bf16 or fp32; packed `[T, Hq, D]`.
-        k: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. With `block_table`, a pool of pages in
-            `layout`.
+        k: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. With `block_table`, a pool of pages in `layout`.
         probe_rows: int32 `[P]` or `[B, P]`, row numbers of `q`, packed those within a sequence.
         scale: of the scores, default `D ** -0.5`.
         q_start: int32 `[B]`, the column of query row 0; default `N - M`; with `block_table`, `seqused_k - M`.

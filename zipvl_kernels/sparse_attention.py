@@ -30,8 +30,7 @@ def sparse_attention(
 
     Args:
         q: `[B, Hq, M, D]`, fp16, bf16 or fp32; packed `[T, Hq, D]`.
-        k, v: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. With `block_table`, pools of pages in
-            `layout`.
+        k, v: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. With `block_table`, pools of pages in `layout`.
         indices: int32 `[B, G, N]`, packed `[G, T]`, the set's columns, ascending; `G` is 1 or `Hkv`. Entries past
             `counts` are not read.
         counts: int32 `[B, G]`, how many columns are in the set.
