@@ -33,8 +33,8 @@ def probe_rows(
 
     Raises:
         TypeError: an argument is not a whole number, or `cu_seqlens` not int32.
-        ValueError: an argument other than `seed` is negative, `num_rows` more than int32 holds, or no probe is asked for
-            at all; the shape or device of `cu_seqlens`.
+        ValueError: an argument other than `seed` is negative, `num_rows` is more than int32 holds, or no probe is asked
+            for at all; the shape or device of `cu_seqlens`.
     """
     _validate.not_negative(num_rows=num_rows)
     if num_rows >= 2**31:
