@@ -121,11 +121,12 @@ def layers(shared: Mapping[str, Any] | None = None, **given: Any) -> tuple[list[
     A tensor in `shared` stands for one of every layer.
     """
     (first, some), *_ = given.items()
+    alone = {first, *(shared or ())}
     for name, x in (shared or {}).items():
         given[name] = [x] * len(some) if isinstance(x, Tensor) and isinstance(some, Sequence) else x
     for name, tensors in given.items():
         if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-            wanted = "a tensor or a sequence of tensors" if name == first else f"a sequence of tensors like {first}"
+            wanted = "a tensor or a sequence of tensors" if name in alone else f"a sequence of tensors like {first}"
             raise TypeError(f"{name}: expected {wanted}, got {_type(tensors)}")
         if not tensors:
             raise ValueError(f"{name}: expected a tensor of each layer, at least one, got 0")
