@@ -136,6 +136,7 @@ def sparse_attention(fn, dtype, D):
     q, k, v = packed(dtype, D)
     sets = ints(1, 32768), ints(8, 1)
     yield "packed", lambda: fn(q, k, v, *sets, kv_compacted=True, cu_seqlens=ints(9), max_seqlen=4096)
+    yield "packed, in place", lambda: fn(q, k, v, *sets, cu_seqlens=ints(9), max_seqlen=4096)
 
 
 def decode_attention(fn, dtype, D):

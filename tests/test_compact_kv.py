@@ -288,6 +288,7 @@ def test_packed_errors(error, match, changed):
         (TypeError, "v: .*sequence of tensors like k", {"v": v}),
         (ValueError, "indices: .*as many as k has, got 1", {"indices": [indices]}),
         (ValueError, r"k: .*each layer.*got 0", {"k": []}),
+        (TypeError, "k: expected a tensor or a sequence of tensors, got NoneType", {"k": None}),
         (TypeError, r"counts\[1\]: .*Tensor", {"counts": [counts, 3]}),
         (ValueError, r"v\[1\]: .*strides.*v\[0\]", {"v": [v, v.transpose(1, 2).contiguous().transpose(1, 2)]}),
         (ValueError, r"k\[1\]: .*got the same tensor as k\[0\]", {"k": [k, k]}),

@@ -249,6 +249,20 @@ def test_bad_bounds_lead_nowhere_in_triton(bounds):
         assert torch.equal(now[56:], old[56:])
 
 
+def test_sets_of_other_bounds_lead_nowhere_in_triton():
+    """Gathered rows stay within their sequence, whatever sets other bounds have left in its place."""
+    pytest.importorskip("triton")
+    (q, k, v), where = tensors((10, 4), more=0)
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 14, 14), value=torch.nan).to(DEVICE)[14:28] for x in (k, v))
+    for columns in ((9, 11, 12, 3), (-20, -1, 0, 3)):
+        indices = ints(*range(10), *columns).to(DEVICE)[None]
+        given = {**where, "cu_seqlens": where["cu_seqlens"].to(DEVICE)}
+        out = zk.sparse_attention(
+            q.to(DEVICE), k, v, indices, ints(10, 4).to(DEVICE)[:, None], **given, backend="triton"
+        )
+        assert out.isfinite().all()
+
+
 (q, k, v), where = tensors()
 rows, accumulated, normalized, indices, counts, *_ = steps(zk, q, k, v, **where)
 CALLS = {

@@ -148,6 +148,7 @@ def test_catches_a_biased_draw():
     ("error", "match", "arguments"),
     [
         (ValueError, "num_rows.*-1", {"num_rows": -1}),
+        (ValueError, "num_rows.*int32, got 2147483648", {"num_rows": 2**31}),
         (TypeError, "num_rows.*2.5", {"num_rows": 2.5}),
         (ValueError, "num_recent.*-1", {"num_rows": 8, "num_recent": -1}),
         (ValueError, "num_random.*-3", {"num_rows": 8, "num_random": -3}),

@@ -130,7 +130,7 @@ def test_cuda_refuses_more_columns_than_its_sums_hold():
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize(("held", "by_ratio", "packed"), [(4, 0, 0), (4, 1, 0), (4, 0, 1), (0, 0, 0), (0, 0, 1)])
-@pytest.mark.parametrize(("architecture", "blocks"), [(80, 1), (90, 1), (90, 8), (100, 8), (120, 8)])
+@pytest.mark.parametrize(("architecture", "blocks"), [(80, 1), (90, 1), (90, 8), (90, 16), (100, 8), (120, 8)])
 def test_cuda_kernel_compiles_without_spills(tmp_path, architecture, blocks, held, by_ratio, packed):
     source = Path(zk.__file__).parent / "_cuda" / "select_tokens.cu"
     target = [f"-arch=sm_{architecture}", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
@@ -198,6 +198,18 @@ def test_forced_columns_count():
     assert select([1, 1, 1, 1, 1], tau=0.1, keep_first=1, keep_recent=1, leftpad_k=1, seqused_k=4) == [1, 3]
     assert select([math.inf] * 3, [math.inf, math.inf, math.nan], tau=0.1, keep_recent=1) == [0, 1, 2]
     assert select([1, 1, 1], [math.inf, math.inf, math.nan], tau=0.1, keep_recent=1) == [2]
+
+
+@pytest.mark.parametrize("forced", [(2**31 - 1, 1), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_more_forced_columns_than_32_bits_count(backend, forced):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    scores, padding = torch.tensor([[[9.0, 1, 5, 1, 1]]]).to(DEVICE), torch.tensor([1], dtype=torch.int32).to(DEVICE)
+    options = {"tau": 0.1, "keep_first": forced[0], "keep_recent": forced[1], "leftpad_k": padding}
+    indices, counts = zk.select_tokens(scores, scores, **options, backend=backend)
+    assert indices.tolist() == [[[1, 2, 3, 4, -1]]]
+    assert counts.item() == 4
 
 
 def test_last_column_is_kept_by_default():

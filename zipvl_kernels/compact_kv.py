@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -48,8 +48,8 @@ def compact_kv_(
         max_seqlen = _check(k, v, indices, counts, dst_start, cu_seqlens, max_seqlen)
         _compact_kv_(k, v, indices, counts, dst_start, backend, cu_seqlens, max_seqlen)
         return
-    layers = _validate.layers(k=k, v=v, indices=indices, counts=counts)
-    _validate.own_memory_of_layers(k=layers[0], v=layers[1])
+    layers = _validate_where.layers(k=k, v=v, indices=indices, counts=counts)
+    _validate_where.own_memory_of_layers(k=layers[0], v=layers[1])
     max_seqlen = _check(layers[0][0], layers[1][0], layers[2][0], layers[3][0], dst_start, cu_seqlens, max_seqlen)
     _compact_kv_layers_(*layers, dst_start, backend, cu_seqlens, max_seqlen)
 
@@ -66,9 +66,9 @@ def _check(
     """Of one layer; returns `max_seqlen` as backends take it."""
     _validate.pair(k, v, packed=cu_seqlens is not None)
     _validate.own_memory(k, v)
-    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, k.shape[0], k.device, dst_start=dst_start)
+    max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, k.shape[0], k.device, dst_start=dst_start)
     if cu_seqlens is not None:
-        _validate.packed_selection(indices, counts, k, cu_seqlens)
+        _validate_where.packed_selection(indices, counts, k, cu_seqlens)
     else:
         _validate.selection(indices, counts, k)
         _validate.per_sequence(k, dst_start=dst_start)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -64,8 +64,8 @@ def compact_paged_kv_(
         )
         return found
     shared = {"block_table": block_table, "seqused_k": seqused_k}
-    layers = _validate.layers(shared, k_cache=k_cache, v_cache=v_cache, indices=indices, counts=counts)
-    _validate.own_memory_of_layers("_cache", k=layers[0], v=layers[1])
+    layers = _validate_where.layers(shared, k_cache=k_cache, v_cache=v_cache, indices=indices, counts=counts)
+    _validate_where.own_memory_of_layers("_cache", k=layers[0], v=layers[1])
     _check(*(x[0] for x in layers), layout=layout, first_writable=first_writable)
     found = _compact_paged_kv_layers_(*layers, layout, first_writable, backend)
     return found
@@ -83,11 +83,11 @@ def _check(
     first_writable: Tensor | None,
 ) -> None:
     """Of one layer."""
-    _validate.layout(layout)
-    Hkv = _validate.pools(k_cache, v_cache, layout, suffix="_cache")
+    _validate_where.layout(layout)
+    Hkv = _validate_where.pools(k_cache, v_cache, layout, suffix="_cache")
     _validate.own_memory(k_cache, v_cache, suffix="_cache")
-    B = _validate.block_table(block_table, k_cache.device)
-    G = _validate.paged_selection(indices, counts, B, Hkv, k_cache.device)
+    B = _validate_where.block_table(block_table, k_cache.device)
+    G = _validate_where.paged_selection(indices, counts, B, Hkv, k_cache.device)
     _validate.int32("seqused_k", seqused_k, k_cache.device, (B,), (B, G), meaning="[B] or [B, G]")
     _validate.per_sequence(seqused_k, first_writable=first_writable)
 

@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -72,13 +72,13 @@ def decode_attention(
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.layout(layout)
+    _validate_where.layout(layout)
     if block_table is None:
         _validate.heads(q=q, k=k, v=v)
         Hkv = k.shape[1]
     else:
-        Hkv = _validate.pools(k, v, layout, q=q)
-        _validate.block_table(block_table, q.device, q.shape[0])
+        Hkv = _validate_where.pools(k, v, layout, q=q)
+        _validate_where.block_table(block_table, q.device, q.shape[0])
     _validate.decode_rows(q)
     B = q.shape[0]
     _validate.int32("seqused_k", seqused_k, q.device, (B,), (B, Hkv), meaning="[B] or [B, Hkv]")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -33,15 +33,17 @@ def probe_rows(
 
     Raises:
         TypeError: an argument is not a whole number, or `cu_seqlens` not int32.
-        ValueError: an argument other than `seed` is negative, or no probe is asked for at all; the shape or device of
-            `cu_seqlens`.
+        ValueError: an argument other than `seed` is negative, `num_rows` is more than int32 holds, or no probe is asked
+            for at all; the shape or device of `cu_seqlens`.
     """
     _validate.not_negative(num_rows=num_rows)
+    if num_rows >= 2**31:
+        raise ValueError(f"num_rows: expected less than 2**31, since row numbers are int32, got {num_rows!r}")
     _validate.probes(num_recent, num_random)
     _validate.whole_number("seed", seed)
     where = torch.device(device) if device else None
     if cu_seqlens is not None:
-        where = _validate.sequence_bounds(cu_seqlens, where)
+        where = _validate_where.sequence_bounds(cu_seqlens, where)
     rows: Tensor = _probe_rows(num_rows, num_recent, num_random, seed, where, cu_seqlens)
     return rows
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -31,8 +31,7 @@ def score_tokens(
 
     Args:
         q: `[B, Hq, M, D]`, fp16, bf16 or fp32; packed `[T, Hq, D]`.
-        k: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. With `block_table`, a pool of pages in
-            `layout`.
+        k: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. With `block_table`, a pool of pages in `layout`.
         probe_rows: int32 `[P]` or `[B, P]`, row numbers of `q`, packed those within a sequence.
         scale: of the scores, default `D ** -0.5`.
         q_start: int32 `[B]`, the column of query row 0; default `N - M`; with `block_table`, `seqused_k - M`.
@@ -55,13 +54,13 @@ def score_tokens(
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.layout(layout)
+    _validate_where.layout(layout)
     if block_table is None:
         _validate.heads(q=q, k=k, packed=cu_seqlens is not None)
     else:
-        _validate.paged(q, block_table, seqused_k, cu_seqlens, layout, k=k)
+        _validate_where.paged(q, block_table, seqused_k, cu_seqlens, layout, k=k)
     places = {"q_start": q_start, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
-    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
+    max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
     B = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _validate.probe_numbers(probe_rows, B, q.device)
     _validate.scale(scale)

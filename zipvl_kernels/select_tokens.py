@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -57,7 +57,7 @@ def select_tokens(
     _validate.scores(accumulated, normalized, packed=cu_seqlens is not None)
     T = accumulated.shape[-1]
     padding = {"leftpad_k": leftpad_k, "seqused_k": seqused_k}
-    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, T, accumulated.device, **padding)
+    max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, T, accumulated.device, **padding)
     _validate.one_ratio(tau, keep_ratio)
     _validate.not_negative(keep_first=keep_first, keep_recent=keep_recent)
     _validate.per_sequence(accumulated, **padding)

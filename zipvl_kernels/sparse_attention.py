@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -30,8 +30,7 @@ def sparse_attention(
 
     Args:
         q: `[B, Hq, M, D]`, fp16, bf16 or fp32; packed `[T, Hq, D]`.
-        k, v: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. With `block_table`, pools of pages in
-            `layout`.
+        k, v: `[B, Hkv, N, D]`, as `q`; packed `[T, Hkv, D]`. With `block_table`, pools of pages in `layout`.
         indices: int32 `[B, G, N]`, packed `[G, T]`, the set's columns, ascending; `G` is 1 or `Hkv`. Entries past
             `counts` are not read.
         counts: int32 `[B, G]`, how many columns are in the set.
@@ -55,16 +54,16 @@ def sparse_attention(
     Raises:
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available.
     """
-    _validate.layout(layout)
+    _validate_where.layout(layout)
     if block_table is None:
         _validate.heads(q=q, k=k, v=v, packed=cu_seqlens is not None)
     else:
-        Hkv = _validate.paged(q, block_table, seqused_k, cu_seqlens, layout, k=k, v=v)
-    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, q_start=q_start)
+        Hkv = _validate_where.paged(q, block_table, seqused_k, cu_seqlens, layout, k=k, v=v)
+    max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, q_start=q_start)
     if cu_seqlens is not None:
-        _validate.packed_selection(indices, counts, k, cu_seqlens)
+        _validate_where.packed_selection(indices, counts, k, cu_seqlens)
     elif block_table is not None:
-        _validate.paged_selection(indices, counts, q.shape[0], Hkv, q.device)
+        _validate_where.paged_selection(indices, counts, q.shape[0], Hkv, q.device)
     else:
         _validate.selection(indices, counts, k, any_width=kv_compacted)
     if block_table is None and seqused_k is not None:

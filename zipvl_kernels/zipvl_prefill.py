@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipvl_kernels import _checking, _validate
+from zipvl_kernels import _checking, _validate, _validate_where
 from zipvl_kernels._backends import resolve
 from zipvl_kernels._library import operator
 
@@ -63,7 +63,7 @@ def zipvl_prefill_(
     """
     _validate.heads(q=q, k=k, v=v, packed=cu_seqlens is not None)
     places = {"q_start": q_start, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
-    max_seqlen = _validate.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
+    max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
     _validate.own_memory(k, v)
     _validate.ratio("tau", tau) if keep_ratio is None else _validate.ratio("keep_ratio", keep_ratio)
     _validate.probes(num_recent, num_random)

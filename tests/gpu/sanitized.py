@@ -14,13 +14,18 @@ BOUNDS = ((0, 150, 150, 151, 300), (7, -5, 2**31 - 1, 290, 300)) if DEVICE == "c
 
 
 def packed():
-    """With bounds as they should be, and with some that lead nowhere."""
+    """With bounds as they should be, and with some that lead nowhere; attention among sets of any numbers, too."""
     total, (Hq, Hkv) = max(BOUNDS[0]), HEADS
     for backend in chosen("zipvl_prefill_"):
         for bounds in BOUNDS:
-            x = torch.randn(total, Hq + 2 * Hkv, D, device=DEVICE).to(DTYPE)
+            q, k, v = torch.randn(total, Hq + 2 * Hkv, D, device=DEVICE).to(DTYPE).split((Hq, Hkv, Hkv), 1)
             where = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=DEVICE), "max_seqlen": total}
-            function("zipvl_prefill_", backend)(*x.split((Hq, Hkv, Hkv), 1), tau=0.8, **where)
+            function("zipvl_prefill_", backend)(q, k, v, tau=0.8, **where)
+            sets = torch.randint(-(2**31), 2**31, (1, total), device=DEVICE).int()
+            sets[:, ::5] = torch.arange(total, device=DEVICE)[::5] % 4
+            counts = torch.full((len(bounds) - 1, 1), total, dtype=torch.int32, device=DEVICE)
+            attend = function("sparse_attention", backend)
+            attend(q, k, v, sets, counts, kv_compacted=backend == "auto", **where)  # which CUDA C has alone
         print("packed", backend, flush=True)
 
 

@@ -5,9 +5,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from zipvl_reference.compact_kv import Layers
 
 from zipvl_kernels._cuda import common, moving
-from zipvl_kernels._cuda.moving import MOST_LAYERS, Config, Layers
+from zipvl_kernels._cuda.moving import MOST_LAYERS, Config
 from zipvl_kernels._tickets import tickets
 
 _ADDRESSES, _MANY_ADDRESSES = struct.Struct("=7Q"), struct.Struct(f"={4 * MOST_LAYERS + 3}Q")
@@ -62,8 +63,8 @@ def launch(
     common.launch(
         step,
         *addresses,
-        0 if start is None else start.data_ptr(),
-        0 if sequences is None else sequences.data_ptr(),
+        common.address(start),
+        common.address(sequences),
         tickets(device, counters).data_ptr(),
     )
 

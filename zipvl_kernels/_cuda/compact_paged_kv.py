@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from zipvl_reference.compact_kv import Layers
 
 from zipvl_kernels._cuda import common, moving
-from zipvl_kernels._cuda.moving import MOST_LAYERS, Config, Layers
+from zipvl_kernels._cuda.moving import MOST_LAYERS, Config
 from zipvl_kernels._tickets import tickets
 
 _ADDRESSES, _MANY_ADDRESSES = struct.Struct("=10Q"), struct.Struct(f"={6 * MOST_LAYERS + 4}Q")
@@ -76,7 +77,7 @@ def launch(
     common.launch(
         step,
         *addresses,
-        0 if start is None else start.data_ptr(),
+        common.address(start),
         seqused.data_ptr(),
         freed.data_ptr(),
         tickets(k.device, counters).data_ptr(),

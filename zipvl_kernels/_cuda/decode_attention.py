@@ -77,7 +77,7 @@ def decode_attention(
         tensor_map(v, KEYS),
         q.data_ptr(),
         out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
+        common.address(lse),
         at,
         at + 4 * sizes[0],
         seqused_k.data_ptr(),

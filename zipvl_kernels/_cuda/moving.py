@@ -1,16 +1,16 @@
 """What the launchers of `compact_kv_` and `compact_paged_kv_` share, as moving.cuh is what their kernels share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from cupy.cuda.function import Function
 from torch import Tensor
+from zipvl_reference.compact_kv import Layers
 
 from zipvl_kernels._cuda import common
 
-Layers = Tensor | Sequence[Tensor]
 MOST_LAYERS = 64  # of a launch: their addresses are among its parameters, of which there may be 4 KB
 
 

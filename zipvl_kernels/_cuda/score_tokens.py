@@ -227,7 +227,9 @@ def _least_parts(P: int, heads: int) -> int:
 @cache
 def _plans(tiles: int, P: int, Hq: int, G: int, shares: tuple[int, int, int] | None) -> list[tuple[int, int, int]]:
     """What `plan` says of a sequence of so many tiles, or fewer, with the probes that it has alone."""
-    least = _least_parts(P, Hq // G)  # for all probes, which are there, though not valid
+    # For all probes, which are there, though not valid. More than MAX_PARTS only for more than 80 heads with more than
+    # 128 probes: there a sequence with fewer rows than that has more parts than it has alone.
+    least = _least_parts(P, Hq // G)
 
     def of(rows: int) -> tuple[int, int, int]:
         row_tiles, column_tiles, parts = plan(rows, min(P, rows), Hq, G)

@@ -84,7 +84,7 @@ def zipvl_prefill_(
     counts = indices.new_empty(groups)
     scratch = out if in_out else torch.empty(end, dtype=torch.uint8, device=device)
     held = [None if x is None else x.contiguous() for x in (q_start, leftpad_k, seqused_k, cu_seqlens)]
-    start, *padding, sequences = [0 if x is None else x.data_ptr() for x in held]
+    start, *padding, sequences = map(common.address, held)
     at, kept = scratch.data_ptr(), (indices.data_ptr(), counts.data_ptr())
     scores = at + accumulated, at + normalized
     zeroed = tickets(device, counters).data_ptr()  # which each kernel leaves zero for the next one

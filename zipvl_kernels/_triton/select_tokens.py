@@ -53,8 +53,8 @@ def select_tokens(
             G * N if cu_seqlens is None else 0,
             T,
             N,
-            keep_first,
-            keep_recent,
+            min(keep_first, N),  # more would be the same, and their sum has to fit 32 bits
+            min(keep_recent, N),
             # Scalars reach a kernel as fp32: the share goes as the bits of its fp64.
             _bits(tau if keep_ratio is None else keep_ratio),
         ),

@@ -305,6 +305,8 @@ def _kernel(  # type: ignore[no-untyped-def]
                     at = tl.load(columns + at * indices_n, mask=j < count, other=0).to(tl.int64)
                 else:
                     at = tl.load(columns + at * indices_n).to(tl.int64)
+                if cu_seqlens is not None:  # sets of other bounds may name rows that this sequence has not
+                    at = tl.minimum(tl.maximum(at, 0), M - 1)
             if PAGE == 0:
                 k_at = k + at[None, :] * k_n + d[:, None]  # [D, N]
                 v_at = v + at[:, None] * v_n + d  # [N, D]
