@@ -279,7 +279,8 @@ __device__ __forceinline__ void add_weights(const float (&s)[64], const float* l
     float even[2] = {0, 0}, odd[2] = {0, 0};
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-        // Of 32 probes, which see the first of these keys, and which the last. Few lie between.
+        // Of 32 probes, which see the first of these keys, and which the last. Few lie between. (A probe that is NaN is
+        // so for keys that it does not see, too: its own row of attention is NaN anyway.)
         int last = at[32 * c + lane];
         u32 some = __ballot_sync(~0u, last >= first), all = __ballot_sync(~0u, last >= first + 15);
         if (!some) continue;
