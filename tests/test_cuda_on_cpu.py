@@ -224,6 +224,18 @@ def test_score_tokens(on_cpu, Hq, Hkv, pool, shares):
             torch.testing.assert_close(y, z, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("number", [2**31 - 1, 2**31 - 130, -(2**31)])
+def test_score_tokens_with_padding_that_cannot_be(on_cpu, number):
+    """Nobody waits for keys that nobody loads, and nothing is written but zeros."""
+    q, k = (torch.randn(2, 2, 300, D, generator=torch.Generator().manual_seed(0)).half() for _ in range(2))
+    leftpad, rows = torch.tensor([number, 0], dtype=torch.int32), torch.tensor([3, 150, 299], dtype=torch.int32)
+    for pool in ("layer", "kv_head"):
+        scores = on_cpu.score_tokens.launch(q, k, rows, None, None, leftpad, None, pool)
+        wanted = zipvl_reference.score_tokens(q.float(), k.float(), rows, leftpad_k=leftpad.clamp(0, 300), pool=pool)
+        for got, want in zip(scores, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(("Hq", "Hkv", "G"), [(2, 1, 1), (4, 2, 2)])
 def test_sparse_attention(on_cpu, Hq, Hkv, G):
     q, k, v, bounds = packed(LENGTHS, Hq, Hkv)

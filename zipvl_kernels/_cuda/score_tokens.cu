@@ -88,7 +88,10 @@ __device__ __forceinline__ Sequence sequence_of(const Params& p, int b, const Pl
 
 // --- probes --------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int first_column(const Params& p, int b) { return p.leftpad_k ? max(p.leftpad_k[b], 0) : 0; }
+// At most N, so that what is counted on from here does not wrap around.
+__device__ __forceinline__ int first_column(const Params& p, int b) {
+    return p.leftpad_k ? min(max(p.leftpad_k[b], 0), p.N) : 0;
+}
 
 __device__ __forceinline__ int start_of(const Params& p, int b) { return p.q_start ? p.q_start[b] : p.N - p.M; }
 

@@ -144,7 +144,7 @@ __device__ int tabulate(const Params& p, Shared& sh, int lane) {
             const int* columns = columns_of(p, b, g);
             int start = start_of(p, b), early = count && columns[0] < start;
             int late = count && columns[(count - 1) * p.indices_n] - start >= p.M;
-            for (u32 left = __ballot_sync(~0u, early || late); left; left &= left - 1) {
+            for (u32 left = __ballot_sync(~0u, base + lane < sets && (early || late)); left; left &= left - 1) {
                 int from = __ffs(left) - 1, set = base + from, c = __shfl_sync(~0u, count, from);
                 int column = __shfl_sync(~0u, start, from);
                 columns = columns_of(p, set / p.G, set % p.G);
