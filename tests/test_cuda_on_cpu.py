@@ -5,6 +5,7 @@ What this cannot show: speed, races, and what tensor cores and bulk copies do di
 
 import ctypes
 import functools
+import mmap
 import shutil
 import struct
 import subprocess
@@ -254,6 +255,21 @@ def test_sparse_attention(on_cpu, Hq, Hkv, G):
         wanted = zipvl_reference.sparse_attention(*(x.float() for x in x), *set_of, kv_compacted=True)
         assert_same_bits(f"sequence {b}", batch(many, span), alone)
         torch.testing.assert_close(alone.float(), wanted, rtol=5e-3, atol=2e-3)
+
+
+def test_sparse_attention_of_a_chunk_reads_its_sets_alone(on_cpu):
+    """Behind them is memory that cannot be read."""
+    size = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * size)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(size), 0) == 0
+    indices = torch.frombuffer(memory, dtype=torch.int32, count=2 * 64, offset=size - 4 * 2 * 64).view(2, 1, 64)
+    indices.copy_(torch.arange(64))
+    q, k = (torch.randn(2, 2, n, D, generator=torch.Generator().manual_seed(n)).half() for n in (20, 64))
+    counts, starts = torch.full((2, 1), 64, dtype=torch.int32), torch.tensor([10, 44], dtype=torch.int32)
+    got = on_cpu.sparse_attention.launch(q, k, k, indices, counts, None, starts)
+    wanted = zipvl_reference.sparse_attention(q, k, k, indices, counts, q_start=starts, kv_compacted=True)
+    torch.testing.assert_close(got, wanted, rtol=5e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])
