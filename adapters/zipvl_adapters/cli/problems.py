@@ -302,6 +302,7 @@ def _flash(inputs: list[tuple[Any, ...]]) -> dict[str, Call]:
 
 
 def draw(B: int, heads: int, rows: int, D: int) -> Tensor:
+    """Random `[B, heads, rows, D]`, in memory as a model's projection leaves it: heads side by side."""
     return torch.randn(B, rows, heads, D, dtype=DTYPE, device=DEVICE).transpose(1, 2)
 
 
