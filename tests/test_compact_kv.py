@@ -200,8 +200,11 @@ def test_packed_layers():
 
 def test_packed_of_nothing():
     empty = packed(k=torch.zeros(0, 2, 4), v=torch.zeros(0, 2, 4), indices=torch.zeros(1, 0, dtype=torch.int32))
-    zk.compact_kv_(**empty | {"cu_seqlens": torch.zeros(4, dtype=torch.int32), "max_seqlen": 0})
-    zk.compact_kv_(**packed(counts=packed()["counts"][:0], cu_seqlens=packed()["cu_seqlens"][:1]))
+    assert zk.compact_kv_(**empty | {"cu_seqlens": torch.zeros(4, dtype=torch.int32), "max_seqlen": 0}) is None
+    of_none = packed(counts=packed()["counts"][:0], cu_seqlens=packed()["cu_seqlens"][:1])
+    before = of_none["k"].clone()
+    zk.compact_kv_(**of_none)
+    assert torch.equal(of_none["k"], before)
 
 
 @pytest.mark.parametrize("sizes", [{"B": 0}, {"N": 0}])

@@ -463,3 +463,24 @@ def test_clusters_of_eight_where_there_is_no_room_for_sixteen(cuda, monkeypatch,
         numbers[struct.unpack_from("=I", step.config)[0] // sets] = bytes(step.parameters)
     assert list(numbers) == [16, 8]
     assert numbers[16] == numbers[8]
+
+
+@pytest.mark.parametrize(
+    ("N", "sets", "hopper", "chosen"),
+    [
+        (2880, 1, True, (4, 512)),  # these four are what was fastest on an H200
+        (8192, 1, True, (8, 512)),
+        (32768, 1, True, (16, 512)),
+        (131072, 1, True, (16, 1024)),
+        (2880, 60, True, (2, 512)),
+        (2880, 100, True, (1, 1024)),  # a block each, which has more columns than 512 threads hold
+        (2000, 100, True, (1, 512)),
+        (2880, 1, False, (1, 1024)),
+    ],
+)
+def test_select_tokens_takes_threads_that_hold_the_columns(cuda, monkeypatch, N, sets, hopper, chosen):
+    monkeypatch.setattr(cuda.common, "capability", lambda device: (9, 0) if hopper else (8, 0))
+    shape, stride = torch.Size((sets, 1, N)), (N, N, 1)
+    step = cuda.select_tokens.prepared(torch.device("cpu"), shape, stride, stride, 0.9, None, 0, 1)
+    blocks, _, _, threads = struct.unpack_from("=4I", step.config)
+    assert (blocks // sets, threads) == chosen

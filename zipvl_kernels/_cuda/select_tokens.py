@@ -10,10 +10,10 @@ from torch import Tensor
 from zipvl_kernels._cuda import common
 
 MOST_COLUMNS = 1 << 22  # sums of 10 bits stay within 32
-FEW, THREADS, MOST_THREADS = 32768, 512, 1024  # columns of a set, and threads of a block for so many and for more
-COLUMNS = 2  # of a thread, before the set is worth another block
+COLUMNS = 1024  # that one block takes before the set is worth another
 MOST_BLOCKS, LARGE = 8, 16  # of a cluster: on every GPU that has clusters, and on those with room for more
 HELD = 4  # columns that a thread keeps in registers, where there are no more for it
+THREADS, MOST_THREADS = 512, 1024  # of a block: the former where they hold all columns
 _ADDRESSES, _NUMBERS = struct.Struct("=7Q"), struct.Struct("=6qd6i")
 
 
@@ -117,8 +117,8 @@ def prepared(
     *batch, G, T = shape
     B, N = packed or (*batch, T)
     whole = (0,) if packed else ()  # the stride of a batch
-    threads = threads or (THREADS if N <= FEW else MOST_THREADS)
-    blocks = blocks or _blocks(device, B * G, N, threads)
+    wanted, blocks = threads, blocks or _blocks(device, B * G, N)
+    threads = wanted or (MOST_THREADS if HELD * THREADS * blocks < N else THREADS)
     share = tau if keep_ratio is None else keep_ratio
     firsts = min(keep_first, N), min(keep_recent, N)
     numbers = _NUMBERS.pack(*whole, *accumulated_stride, *whole, *normalized_stride, share, G, N, *firsts, B, T)
@@ -126,17 +126,17 @@ def prepared(
     kernel = _kernel(device, threads, blocks, held, keep_ratio is not None, packed is not None)
     step = common.Launch(kernel, device, B * G * blocks, threads, _ADDRESSES, numbers)
     if blocks > MOST_BLOCKS and not common.clusters_at_once(step):
-        given = tau, keep_ratio, keep_first, keep_recent, packed, threads, MOST_BLOCKS
+        given = tau, keep_ratio, keep_first, keep_recent, packed, wanted, MOST_BLOCKS
         return prepared(device, shape, accumulated_stride, normalized_stride, *given)
     return step
 
 
-def _blocks(device: torch.device, sets: int, N: int, threads: int) -> int:
+def _blocks(device: torch.device, sets: int, N: int) -> int:
     """Blocks of the cluster that works on a set: more for more columns, as long as all sets run at once."""
     if common.capability(device) < (9, 0):
         return 1
     blocks, most = 1, LARGE if common.capability(device) == (9, 0) else MOST_BLOCKS
-    while blocks < most and blocks * threads * COLUMNS < N and 2 * blocks * sets <= common.multiprocessors(device):
+    while blocks < most and blocks * COLUMNS < N and 2 * blocks * sets <= common.multiprocessors(device):
         blocks *= 2
     return blocks
 
