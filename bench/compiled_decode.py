@@ -9,7 +9,7 @@ model compiled in the same way for each:
     full     ZipVLStaticCache with the whole context: dense attention by this library's kernel
     static   transformers' StaticCache and "sdpa": what the model does by itself
 
-    python bench/compiled_decode.py [--model NAME]... [--cache CACHE]... [--batch N|max]... [--out FILE]
+    python bench/compiled_decode.py [--model NAME]... [--cache CACHE]... [--batch N|max]... [--fuse] [--out FILE]
 
 Before a model is timed, compiled steps of two of its layers are compared with eager ones, both against float32. Every
 row compiles the model anew. Needs a GPU with 80 GB, or 141 GB for all batches; without one a tiny model runs, to try
@@ -45,6 +45,7 @@ from whole_models import (
     release,
     synchronize,
 )
+from zipvl_adapters import fuse_projections
 from zipvl_adapters.cli.timing import ceilings
 
 WARM_UP = 4  # steps: the first compiles, the next ones warm up and record the CUDA graph
@@ -97,6 +98,8 @@ def check(case: Case, how: argparse.Namespace) -> dict[str, float]:
     """
     model = build(case.model, layers=CHECK_LAYERS)
     exact = copy.deepcopy(model).float()
+    if how.fuse:
+        fuse_projections(model)
     calls = {"eager": (model, model), "compiled": (model, compiled(model, how)), "exact": (exact, exact)}
     caches = {name: filled(owner, case) for name, (owner, _) in calls.items()}
     found = {}
@@ -202,7 +205,7 @@ def measure(model: Any, case: Case, how: argparse.Namespace) -> dict[str, Any]:
 def row_of(model: Any, case: Case, how: argparse.Namespace, asked: str) -> dict[str, Any]:
     """`measure`, or why there is nothing to measure."""
     about = {**vars(case), "asked": asked, "kept": case.kept, "layers": model.config.num_hidden_layers}
-    about |= {"mode": how.mode, "tuned": how.tune}
+    about |= {"mode": how.mode, "tuned": how.tune, "fused": how.fuse}
     weights, sequence = held_bytes(model, case)
     needed, there = weights + max(case.batch, 1) * sequence, available_bytes()
     if not case.batch or needed > there:
@@ -216,7 +219,7 @@ def row_of(model: Any, case: Case, how: argparse.Namespace, asked: str) -> dict[
 
 def compare(row: dict[str, Any], others: list[dict[str, Any]]) -> None:
     """Notes × the tokens a second of the dense caches that were asked for in the same way."""
-    same = ("model", "context", "layers", "asked", "mode", "tuned")
+    same = ("model", "context", "layers", "asked", "mode", "tuned", "fused")
     for other in others:
         is_dense = other["cache"] != "zipvl" and "failed" not in other
         if is_dense and all(other[name] == row[name] for name in same):
@@ -247,6 +250,8 @@ def measure_model(name: str, how: argparse.Namespace, record: Record) -> bool:
         print(f"{name:16} compiled logits are right: {errors}", flush=True)
     release()
     model = build(name, how.layers)
+    if how.fuse:
+        fuse_projections(model)
     succeeded = True
     for asked in batches:
         for kind in [x for x in CACHES if not how.cache or x in how.cache]:  # ours last, to be compared with the others
@@ -272,6 +277,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="so many layers instead of all, to try something")
     parser.add_argument("--mode", default="reduce-overhead", help="of torch.compile (reduce-overhead, as generate())")
     parser.add_argument("--tune", action="store_true", help="inductor's coordinate descent: slower to compile")
+    parser.add_argument("--fuse", action="store_true", help="q, k, v and gate, up as one product each, for all caches")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; others to try the script")
     parser.add_argument("--no-check", action="store_true", help="do not compare logits first")
     parser.add_argument("--seconds", type=float, default=30, help="for finding the largest batch")
@@ -289,7 +295,7 @@ def main() -> int:
         "device never waiting for the host; wall_ms: the host starting steps without waiting for any; bytes: weights, "
         "less embeddings, and held keys and values, once; tokens_per_second: of step_ms; peak_bytes: filling included",
     }
-    case_of_a_row = ("model", "cache", "context", "layers", "asked", "mode", "tuned")
+    case_of_a_row = ("model", "cache", "context", "layers", "asked", "mode", "tuned", "fused")
     record = Record("compiled_decode", how.out, case_of_a_row, about)
     print(f"copy: {copy_speed() / 1e12:.2f} TB/s", flush=True)
     succeeded = [measure_model(name, how, record) for name in how.model or MODELS]
