@@ -41,6 +41,7 @@ from whole_models import (
 from zipvl_adapters import ZipVLPolicy
 
 TIMED = 2
+MARGIN = 0.95  # of the memory: what a batch is foretold to take, since not every gap in it can be used
 DENSE = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 ZIPVL = {"zipvl": None, "zipvl+mlp_rows": 8192}  # the most tokens that an MLP takes at a time
 LENGTHS = {"LLaVA-NeXT-13B": (2880, 8192, 32768), "Qwen2-VL-7B": (32768, 131072), "tiny": (64,)}
@@ -118,7 +119,7 @@ def search(prefill: Callable[[int], tuple[float, int]], available: int, seconds:
         low, high = len(tried), len(tried) + 1
     else:
         a_sequence = max(1, tried[2][1] - tried[1][1])
-        guess = found["foretold"] = max(2, 2 + (available - tried[2][1]) // a_sequence)
+        guess = found["foretold"] = max(2, 2 + int(MARGIN * available - tried[2][1]) // a_sequence)
         cost = max(tried[2][0] / 2, 1e-4)
         left = seconds - (perf_counter() - begin)
         low, high = largest_batch(fits, guess, known=2, seconds=left, cost=lambda batch: cost * batch)

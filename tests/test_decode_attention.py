@@ -74,11 +74,12 @@ def test_contract_cuda(dtype, max_tokens):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("page", [0, 16, 256])
 @pytest.mark.parametrize(("D", "half"), [(128, 0), (64, 1)])
-def test_hopper_kernels_compile_without_spills(tmp_path, D, half):
+def test_hopper_kernels_compile_without_spills(tmp_path, D, half, page):
     source = Path(zk.__file__).parent / "_cuda" / "decode_attention.cu"
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-cubin", "-Xptxas=-v", "-o", tmp_path / "cubin"]
-    macros = [f"-DHEAD_DIM={D}", f"-DHALF={half}", "-DSPLIT=512"]
+    macros = [f"-DHEAD_DIM={D}", f"-DHALF={half}", "-DSPLIT=512", f"-DPAGE={page}"]
     done = subprocess.run(["nvcc", *target, *macros, source], capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said

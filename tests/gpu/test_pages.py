@@ -122,6 +122,43 @@ def test_scores_and_sparse_leave_no_bounds(backend):
         assert_same_bits("out", attend(q, k, v, indices, counts, **pages)[1], out[1])
 
 
+decoding_kernels = pytest.mark.parametrize("backend", available("decode_attention") or ["auto"])
+
+
+def newest_rows(page, layout, dtype, M=2):
+    """The last `M` rows of two sequences over pages, and their arguments: see `chunk`."""
+    q, k, v, pages = chunk(page, layout, M=M, dtype=dtype)
+    return q[:, :, -M:], k, v, pages
+
+
+@dtypes
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page", [16, 32, 64, 128, 256] if REAL else [4])
+@decoding_kernels
+def test_decoding_gives_the_bits_of_one_buffer(backend, page, layout, dtype):
+    if backend == "cuda" and dtype == torch.float32:
+        pytest.skip("no kernel of that dtype")
+    q, k, v, pages = newest_rows(page, layout, dtype)
+    buffers = [in_rows(pool, pages["block_table"], layout) for pool in (k, v)]
+    attend = function("decode_attention", backend)
+    got = attend(q, k, v, return_lse=True, **pages)
+    wanted = attend(q, *buffers, pages["seqused_k"], return_lse=True)
+    for name, x, y in zip(("out", "lse"), got, wanted, strict=True):
+        assert x.isfinite().all()
+        assert_same_bits(name, x, y)
+
+
+@decoding_kernels
+def test_decoding_leaves_no_bounds(backend):
+    """Broken tables and lengths of one sequence read nothing outside, and change nothing of another's."""
+    q, k, v, pages = newest_rows(16, "NHD", None)
+    attend = function("decode_attention", backend)
+    out = attend(q, k, v, **pages)
+    for number in (2**31 - 1, -(2**31), -1):
+        pages["block_table"][0], pages["seqused_k"][0] = number, 2**31 - 1
+        assert_same_bits("out", attend(q, k, v, **pages)[1], out[1])
+
+
 @needs_gpu
 @scoring
 def test_scores_and_sparse_of_a_large_pool(backend):

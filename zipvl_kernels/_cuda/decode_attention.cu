@@ -5,13 +5,17 @@
 // four warps takes 16 rows of every tile, with a maximum and a sum of its own, so that no warp waits for another before
 // the end. Splits have the same rows whatever the batch holds, hence the same bits for a sequence alone or in a batch.
 //
-// Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16, SPLIT rows of the cache.
+// A cache in pages of a pool is read by the same code in smaller boxes; each lane of the fifth warp holds a page's number.
+//
+// Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16, SPLIT rows of the cache, and PAGE rows of a
+// page, 0 where the cache is one buffer.
 
 #include "dependent.cuh"
 #include "hopper.cuh"
 
 constexpr int WARPS = 4, WORKERS = 32 * WARPS;
 constexpr int SLICE = 16, KEYS = SLICE * WARPS;  // rows of a warp, and of a tile
+constexpr int BOX = PAGE && PAGE < KEYS ? PAGE : KEYS;  // rows of a copy
 constexpr int STAGES = 3;
 constexpr int STEPS = D / 16;
 constexpr u32 KEYS_BAND = KEYS * 128, KEYS_BYTES = BANDS * KEYS_BAND;  // of a tile of K or of V
@@ -19,23 +23,26 @@ constexpr u32 RING_BYTES = STAGES * 2 * KEYS_BYTES;
 constexpr int GROUPS = 4;  // of the threads of `merge_splits`, which share the splits
 constexpr float LOWEST = -3e38f;  // stands for a maximum over nothing
 static_assert(SPLIT % KEYS == 0);
+static_assert(PAGE == 0 || (PAGE & PAGE - 1) == 0 && BOX >= 8 && SPLIT % PAGE == 0 && SPLIT / PAGE <= 32);
 
 struct Params {
-    TensorMap k, v;   // [B, Hkv, N, D], boxes of KEYS rows and BAND columns
+    TensorMap k, v;   // [B, Hkv, N, D] or [num_blocks, Hkv, PAGE, D], boxes of BOX rows and BAND columns
     const u16* q;     // [B, Hq, M, D]
     u16* out;         // [B, Hq, M, D], dense
     float* lse;       // [B, Hq, M] or null
     float* partial;   // [B, Hkv, splits, rows, D]: weighted values of a split
     float* found;     // [B, Hkv, 2, splits, rows]: largest scores, in powers of two, and sums of weights
     const int* used;  // [B] or [B, Hkv]
-    i64 q_b, q_h, q_m, used_b, used_h;
+    const int* table; // [B, N / PAGE], pages
+    i64 q_b, q_h, q_m, used_b, used_h, table_b, table_n;
+    int num_blocks;
     int Hkv, M, N;
     int rows;    // that share a KV head: (query head, query row)
     int splits;  // that cover N
     float scale;  // in powers of two
 };
 
-static_assert(sizeof(Params) == 384, "the launcher packs so much");
+static_assert(sizeof(Params) == 448, "the launcher packs so much");
 
 struct Shared {
     u64 full[STAGES], empty[STAGES];
@@ -112,15 +119,30 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) attend_splits(cons
     if (begin >= end) return;
     int tiles = (end - begin + KEYS - 1) / KEYS;
     if (warp == WARPS) {
-        if (lane == 0)
-            for (int i = 0; i < tiles; ++i) {
-                int stage = i % STAGES;
+        int page = b;
+#if PAGE
+        if (begin + lane * PAGE < end && lane * PAGE < SPLIT)
+            page = min(max(p.table[b * p.table_b + (begin / PAGE + lane) * p.table_n], 0), p.num_blocks - 1);
+#endif
+        for (int i = 0; i < tiles; ++i) {
+            int stage = i % STAGES, at = i * KEYS + lane * BOX;  // in the split
+            int boxes = (min(KEYS, end - begin - i * KEYS) + BOX - 1) / BOX;  // with rows in use
+            if (lane == 0) {
                 wait(sh.empty[stage], i / STAGES & 1 ^ 1);
-                arrive_expecting(sh.full[stage], 2 * KEYS_BYTES);
-                u32 to = base + stage * 2 * KEYS_BYTES;
-                load_bands<KEYS_BAND>(to, p.k, sh.full[stage], begin + i * KEYS, kv, b);
-                load_bands<KEYS_BAND>(to + KEYS_BYTES, p.v, sh.full[stage], begin + i * KEYS, kv, b);
+                arrive_expecting(sh.full[stage], boxes * 2 * BANDS * BOX * 128);
             }
+            __syncwarp();
+#if PAGE
+            int row = at % PAGE, from = __shfl_sync(~0u, page, at / PAGE);
+#else
+            int row = begin + at, from = page;
+#endif
+            if (lane < boxes) {
+                u32 to = base + stage * 2 * KEYS_BYTES + lane * BOX * 128;
+                load_bands<KEYS_BAND>(to, p.k, sh.full[stage], row, kv, from);
+                load_bands<KEYS_BAND>(to + KEYS_BYTES, p.v, sh.full[stage], row, kv, from);
+            }
+        }
         return;
     }
 

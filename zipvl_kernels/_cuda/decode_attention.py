@@ -14,10 +14,12 @@ from zipvl_kernels._cuda.tensor_map import tensor_map
 
 SPLIT = 512  # rows of the cache
 KEYS = 64  # rows of a tile
-MAX_ROWS = 16
+MAX_ROWS = 16  # that share a KV head
+MAX_TOKENS = 2**30  # of a sequence: a table may have room for any number
 THREADS, GROUPS = 160, 4  # of the first launch; of the second, each as many as the head dim
 HEAD_DIMS = (64, 128)
-_ADDRESSES, _NUMBERS = struct.Struct("=128s128s6Q"), struct.Struct("=5q5if16x")
+PAGES = (16, 32, 64, 128, 256)  # rows
+_ADDRESSES, _NUMBERS = struct.Struct("=128s128s7Q"), struct.Struct("=7q6if52x")
 
 
 def lacks(
@@ -33,7 +35,11 @@ def lacks(
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
     if block_table is not None:
-        return "block_table: expected None, since pages are read by the Triton kernel alone"
+        k, v = heads_first(k, v, layout)
+        if k.shape[2] not in PAGES:
+            return f"k: expected pages of {', '.join(map(str, PAGES))} rows, got {k.shape[2]}"
+        if k.shape[2] * block_table.shape[1] > MAX_TOKENS:
+            return f"block_table: expected at most {MAX_TOKENS} rows of a sequence, got shape {list(block_table.shape)}"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[3] not in HEAD_DIMS:
@@ -53,38 +59,49 @@ def lacks(
 
 def decode_attention(
     q: Tensor,  # [B, Hq, M, D]
-    k: Tensor,  # [B, Hkv, N, D]
-    v: Tensor,  # [B, Hkv, N, D]
+    k: Tensor,  # [B, Hkv, N, D], or a pool of pages
+    v: Tensor,
     seqused_k: Tensor,  # int32 [B] or [B, Hkv]
     *,
     scale: float | None = None,
     return_lse: bool = False,
-    block_table: None = None,
+    block_table: Tensor | None = None,  # int32 [B, max_blocks]
     layout: str = "NHD",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention, the last query row at the last used row, as `q`; log-sum-exp of the scores, `[B, Hq, M]`."""
+    table = None
+    if block_table is not None:
+        k, v = heads_first(k, v, layout)
+        table = block_table.shape[1], *block_table.stride()
     device, q_shape, k_shape, used_stride = q.device, q.shape, k.shape, seqused_k.stride()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q_shape[:3], dtype=torch.float32, device=device) if return_lse else None
-    if not out.numel() or not k_shape[2]:
+    if not out.numel() or not k_shape[2] or table and not table[0]:
         out.zero_()
         return out if lse is None else (out, lse.fill_(-math.inf))
-    steps, sizes = prepared(device, q.dtype == torch.float16, q_shape, k_shape, q.stride(), used_stride, scale)
+    steps, sizes = prepared(device, q.dtype == torch.float16, q_shape, k_shape, q.stride(), used_stride, scale, table)
     scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     at = scratch.data_ptr()
+    rows = KEYS if table is None else min(KEYS, k_shape[2])  # of a copy
     addresses = (
-        tensor_map(k, KEYS),
-        tensor_map(v, KEYS),
+        tensor_map(k, rows),
+        tensor_map(v, rows),
         q.data_ptr(),
         out.data_ptr(),
         common.address(lse),
         at,
         at + 4 * sizes[0],
         seqused_k.data_ptr(),
+        common.address(block_table),
     )
     for step in steps:
         common.launch(step, *addresses)
     return out if lse is None else (out, lse)
+
+
+def heads_first(k: Tensor, v: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Pools as `[num_blocks, Hkv, block_size, D]`."""
+    return (k.transpose(1, 2), v.transpose(1, 2)) if layout == "NHD" else (k, v)
 
 
 @lru_cache(maxsize=256)
@@ -96,15 +113,19 @@ def prepared(
     q_stride: tuple[int, ...],
     used_stride: tuple[int, ...],
     scale: float | None,
+    table: tuple[int, int, int] | None,  # width and strides of the block table
 ) -> tuple[tuple[common.Launch, common.Launch], tuple[int, int]]:
     """The launches but for their addresses, and their scratch in floats: weighted values, and maxima and sums."""
-    (B, Hq, M, D), (_, Hkv, N, _) = q_shape, k_shape
+    (B, Hq, M, D), (num_blocks, Hkv, N, _), page = q_shape, k_shape, 0
+    if table is not None:
+        N, page = N * table[0], N
     rows, splits = Hq // Hkv * M, -(-N // SPLIT)
     used_h = used_stride[1] if len(used_stride) == 2 else 0
     log2_scale = (D**-0.5 if scale is None else scale) * math.log2(math.e)
-    numbers = _NUMBERS.pack(*q_stride[:3], used_stride[0], used_h, Hkv, M, N, rows, splits, log2_scale)
+    strides = *q_stride[:3], used_stride[0], used_h, *((0, 0) if table is None else table[1:])
+    numbers = _NUMBERS.pack(*strides, num_blocks, Hkv, M, N, rows, splits, log2_scale)
     shared = 1024 + 3 * 2 * KEYS * D * 2 + 1024  # alignment, the ring, the rest
-    attend, merge = _kernels(device, D, half, shared)
+    attend, merge = _kernels(device, D, half, page, shared)
     sizes = B * Hkv * splits * rows * D, 2 * B * Hkv * splits * rows
     attend_step = common.Launch(attend, device, B * Hkv * splits, THREADS, _ADDRESSES, numbers, shared)
     merge_step = common.Launch(merge, device, B * Hkv * rows, GROUPS * D, _ADDRESSES, numbers)
@@ -112,9 +133,10 @@ def prepared(
 
 
 @cache
-def _kernels(device: torch.device, D: int, half: bool, shared: int) -> tuple[Function, Function]:
+def _kernels(device: torch.device, D: int, half: bool, page: int, shared: int) -> tuple[Function, Function]:
     """The two kernels, compiled and loaded on `device`."""
-    module = common.load_module("decode_attention", "sm_90a", device, HEAD_DIM=D, HALF=int(half), SPLIT=SPLIT)
+    macros = {"HEAD_DIM": D, "HALF": int(half), "SPLIT": SPLIT, "PAGE": page}
+    module = common.load_module("decode_attention", "sm_90a", device, **macros)
     attend_splits, merge_splits = module.get_function("attend_splits"), module.get_function("merge_splits")
     common.allow_shared(attend_splits, device, shared)
     return attend_splits, merge_splits
