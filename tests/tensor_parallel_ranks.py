@@ -25,7 +25,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 SPARSE = {"tau": 0.7, "num_recent": 4, "num_random": 8, "recompress_interval": 5}
 GREEDY = {"max_new_tokens": 12, "do_sample": False}  # past two recompressions
 CASES = [(family, batch, policy) for family in FAMILIES for batch in BATCHES for policy in POLICIES]
-FEW_CASES = [("llama", "batch3", "layer"), ("llama", "batch3", "kv_head"), ("qwen2_vl", "batch1", "layer")]
+# Those in which no decision is close: the last bits of a GPU's products depend on the number of heads that it has.
+FEW_CASES = [("llama", "batch3", "layer"), ("internvl", "batch3", "kv_head"), ("qwen2_vl", "batch1", "layer")]
 
 
 def model_of(family: str) -> Any:

@@ -76,7 +76,7 @@ def decode_attention(
     device, q_shape, k_shape, used_stride = q.device, q.shape, k.shape, seqused_k.stride()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q_shape[:3], dtype=torch.float32, device=device) if return_lse else None
-    if not out.numel() or not k_shape[2] or table and not table[0]:
+    if not out.numel() or not k_shape[2] or (table and not table[0]):
         out.zero_()
         return out if lse is None else (out, lse.fill_(-math.inf))
     steps, sizes = prepared(device, q.dtype == torch.float16, q_shape, k_shape, q.stride(), used_stride, scale, table)
