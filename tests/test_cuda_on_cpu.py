@@ -23,7 +23,7 @@ from zipvl_kernels._cuda.packed import fewest, ways
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 KERNELS, STANDINS = Path(zk.__file__).parent / "_cuda", Path(__file__).with_name("cuda_on_cpu")
-ENTRIES = {"score_tokens": ("row_sums", "column_sums")}
+ENTRIES = {"score_tokens": ("row_sums", "column_sums"), "decode_attention": ("attend_splits", "merge_splits")}
 PLAIN = {
     'asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory")': "*flag = 1",
     'asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory")': "x = *flag",
@@ -47,9 +47,9 @@ def compiled(tmp_path_factory):
         stem = "_".join([name, *(str(value) for _, value in defined)])
         source, program = folder / f"{stem}.cpp", folder / f"{stem}.so"
         runs = " ".join(f"RUN({entry})" for entry in ENTRIES.get(name, (name,)))
-        source.write_text(f"{text or (KERNELS / f'{name}.cu').read_text()}\n{runs}\n")
-        shared = "" if "extern __shared__" in source.read_text() else "static"
-        macros = [f"-D{macro}={value}" for macro, value in defined] + [f"-D__shared__={shared}"]
+        text = text or (KERNELS / f"{name}.cu").read_text()
+        source.write_text(f"{text.replace('extern __shared__', 'extern')}\n{runs}\n")
+        macros = [f"-D{macro}={value}" for macro, value in defined] + ["-D__shared__=static"]
         flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-w", "-Wno-psabi", "-fPIC", "-shared"]
         flags += ["-include", folder / "cuda_on_cpu.h"]
         subprocess.run(["g++", *flags, *macros, source, "-o", program], check=True)
@@ -270,6 +270,59 @@ def test_sparse_attention_of_a_chunk_reads_its_sets_alone(on_cpu):
     got = on_cpu.sparse_attention.launch(q, k, k, indices, counts, None, starts)
     wanted = zipvl_reference.sparse_attention(q, k, k, indices, counts, q_start=starts, kv_compacted=True)
     torch.testing.assert_close(got, wanted, rtol=5e-3, atol=2e-3)
+
+
+def caches(lengths, Hq, M, seed=0, capacity=1100, dtype=torch.float16):
+    """New rows, keys and values of two heads, and how many of a sequence's rows are used: behind them is NaN."""
+    random = torch.Generator().manual_seed(seed)
+    B, used = len(lengths), torch.tensor(lengths, dtype=torch.int32)
+    q, k, v = (
+        torch.randn(B, n, h, D, generator=random).transpose(1, 2) for n, h in ((M, Hq), (capacity, 2), (capacity, 2))
+    )
+    for b, n in enumerate(lengths):
+        k[b, :, n:] = v[b, :, n:] = torch.nan
+    return *(x.to(dtype) for x in (q, k, v)), used
+
+
+@pytest.mark.parametrize(("Hq", "M", "dtype"), [(2, 1, torch.float16), (14, 1, torch.bfloat16), (8, 4, torch.float16)])
+def test_decode_attention(on_cpu, Hq, M, dtype):
+    """Sequences that end in a first and in a third split, within a tile, and before they begin."""
+    q, k, v, used = caches((1100, 70, 0, 3, 513), Hq, M, dtype=dtype)
+    decode = functools.partial(on_cpu.decode_attention.decode_attention, return_lse=True)
+    found = decode(q, k, v, used)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
+    wanted = zipvl_reference.decode_attention(*(x.nan_to_num(0).float() for x in (q, k, v)), used, return_lse=True)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.float(), y, rtol=tolerance, atol=tolerance)
+    for b in range(len(used)):
+        one = slice(b, b + 1)
+        for x, y in zip(found, decode(q[one], k[one], v[one], used[one]), strict=True):
+            assert_same_bits(f"sequence {b}", x[one], y)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
+def test_decode_attention_over_pages(on_cpu, page, layout):
+    """The bits of one buffer; a table that names pages outside of the pool, and unused ones, changes nothing."""
+    lengths = (1100, 70, 0, 513)
+    q, k, v, used = caches(lengths, 6, 2, capacity=1280)
+    decode = functools.partial(on_cpu.decode_attention.decode_attention, return_lse=True)
+    found = decode(q, k, v, used)
+    blocks, random = 1280 // page, torch.Generator().manual_seed(page)
+    table = torch.randperm(len(lengths) * blocks + 2, generator=random)[: len(lengths) * blocks].int().view(-1, blocks)
+    pools = []
+    for x in (k, v):
+        pool = torch.full((len(lengths) * blocks + 2, page, 2, D), torch.inf, dtype=x.dtype)
+        pool[table.long()] = x.transpose(1, 2).unflatten(1, (blocks, page))
+        pools.append(pool if layout == "NHD" else pool.transpose(1, 2).contiguous())
+    for b, n in enumerate(lengths):
+        table[b, -(-n // page) :] = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)[b % 3]
+    over_pages = decode(q, *pools, used, block_table=table, layout=layout)
+    for name, x, y in zip(("out", "lse"), over_pages, found, strict=True):
+        assert_same_bits(name, x, y)
+    table[0], used[0] = 2**31 - 1, 2**31 - 1  # what the first sequence gets is undefined
+    for x, y in zip(decode(q, *pools, used, block_table=table, layout=layout), found, strict=True):
+        assert_same_bits("the others", x[1:], y[1:])
 
 
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])

@@ -208,7 +208,7 @@ def cuda(monkeypatch):
         for name in [name for name in sys.modules if name.startswith("zipvl_kernels._cuda")]:
             del sys.modules[name]
         operators = ("probe_rows", "score_tokens", "select_tokens", "compact_kv", "sparse_attention", "zipvl_prefill")
-        stems = ("common", "tensor_map", "compact_paged_kv", *operators)
+        stems = ("common", "tensor_map", "compact_paged_kv", "decode_attention", *operators)
         found = {stem: importlib.import_module(f"zipvl_kernels._cuda.{stem}") for stem in stems}
     modules = SimpleNamespace(**found, launched=[])
     sizes = [56, 384, 384, 136, 176, 448]  # of the parameters, as the sources of the kernels assert

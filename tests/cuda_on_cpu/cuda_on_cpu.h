@@ -259,4 +259,5 @@ static int __ffs(unsigned x) { return __builtin_ffs(x); }
 static unsigned __float_as_uint(float x) { return as_bits(x); }
 static float __int_as_float(unsigned x) { return from_bits<float>(x); }
 static float __frcp_rn(float x) { return 1 / x; }
+static float2 make_float2(float x, float y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
