@@ -19,7 +19,7 @@ def fuse_projections(model: PreTrainedModel) -> None:
 
     A product with few tokens takes as long as reading its weights, and small matrices are read slower than large ones.
     The weights of a group move next to each other in memory. They stay the parameters that they were, with the same
-    values and as many bytes, and eager code computes what it did. For good.
+    values and as many bytes; eager code, and code that gradients are wanted of, computes what it did. For good.
 
     Raises TypeError or ValueError, and changes nothing, where a projection is not a plain `nn.Linear` with its values
     there: quantised, tensor-parallel, offloaded, or wrapped by an adapter.
@@ -113,8 +113,9 @@ class _Part:
 
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return self.group.product(x)[self.index]
-        if self.index == 0 and not self.group.lie_together():  # compiled code would go on with weights of before
+            if not torch.is_grad_enabled():  # the fused weight passes no gradients on to its parts
+                return self.group.product(x)[self.index]
+        elif self.index == 0 and not self.group.lie_together():  # compiled code would go on with weights of before
             self.group.lay_together()
         module = self.group.modules[self.index]
         return nn.functional.linear(x, module.weight, module.bias)
