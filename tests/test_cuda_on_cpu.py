@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zipvl_reference
-from test_launching import OPTIONS, cuda  # noqa: F401
+from cuda_over_nothing import OPTIONS
 from zipvl_reference.testing.budget import assert_same_bits
 
 import zipvl_kernels as zk
@@ -59,7 +59,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.fixture
-def on_cpu(cuda, compiled, monkeypatch):  # noqa: F811
+def on_cpu(cuda, compiled, monkeypatch):
     """`zipvl_kernels._cuda`, whose launches run."""
     kernels = []
 

@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 from test_cuda_on_cpu import compiled, on_cpu  # noqa: F401
-from test_launching import cuda  # noqa: F401
 from zipvl_reference.testing import (
     check_compact_kv,
     check_compact_kv_of_layers,

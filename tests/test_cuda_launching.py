@@ -1,4 +1,4 @@
-"""Launching without the host time that Triton and CuPy take: the right binary, the right arguments. Needs no GPU."""
+"""Launching CUDA C kernels without the host time that CuPy takes: the right arguments. Needs no GPU."""
 
 import ctypes
 import importlib.util
@@ -8,125 +8,15 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
+from cuda_over_nothing import KERNELS, OPTIONS, qkv
 
 import zipvl_kernels as zk
 from zipvl_kernels import _backends
 
 GPU = torch.device("cuda", 0)
-SCALE = 0.25
-
-
-def tensor(address=4096, dtype=torch.float16, device=GPU):
-    """What a launch asks of a tensor."""
-    return SimpleNamespace(device=device, dtype=dtype, data_ptr=lambda: address)
-
-
-class Binary:
-    """What a launch asks of a kernel that Triton has compiled; notes how it was started."""
-
-    function, packed_metadata = 11, (4, 1, 0)
-
-    def __init__(self, started):
-        self.run = lambda *args: started.append(args)
-
-
-class Kernel:
-    """A kernel with parameters `x, y, n, m, scale, BLOCK`, whose ordinary launches are noted."""
-
-    arg_names = ("x", "y", "n", "m", "scale", "BLOCK")
-
-    def __init__(self):
-        self.fn = object()
-        self.ordinary, self.direct = [], []
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            self.ordinary.append((grid, args, constants))
-            return Binary(self.direct)
-
-        return launch
-
-
-@pytest.fixture
-def common(monkeypatch):
-    pytest.importorskip("triton")
-    module = importlib.import_module("zipvl_kernels._triton.common")
-    monkeypatch.setattr(module, "CompiledKernel", Binary)
-    monkeypatch.setattr(module, "current_device", lambda: 0)
-    monkeypatch.setattr(module, "current_stream", lambda device: 7)
-    monkeypatch.setattr(module, "_known", {})
-    monkeypatch.setattr(module, "AMD", False)
-    return module
-
-
-def launch(common, kernel, x=None, y=None, numbers=(48, 3, SCALE), grid=(5, 2), **constants):
-    common.launch(kernel, grid, (x or tensor(), y), numbers, **{"BLOCK": 64, "num_warps": 4, **constants})
-
-
-def test_second_launch_is_direct(common):
-    kernel = Kernel()
-    launch(common, kernel)
-    launch(common, kernel, x=tensor(address=8192), numbers=(96, 5, 0.5), grid=(9,))
-    assert len(kernel.ordinary) == 1
-    grid_and_stream, binary, no_hooks = (9, 1, 1, 7), (11, (4, 1, 0)), (None, None, None)
-    assert kernel.direct == [(*grid_and_stream, *binary, *no_hooks, 8192, 0, 96, 5, 0.5, 64)]
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"x": tensor(address=4104)},
-        {"x": tensor(dtype=torch.bfloat16)},
-        {"y": tensor()},
-        {"numbers": (47, 3, SCALE)},
-        {"numbers": (48, 1, SCALE)},
-        {"numbers": (48, 16, SCALE)},
-        {"numbers": (2**31, 3, SCALE)},
-        {"numbers": (48, -(2**31) - 1, SCALE)},
-        {"BLOCK": 128},
-        {"num_warps": 8},
-    ],
-    ids=str,
-)
-def test_what_needs_another_binary_is_launched_by_triton(common, changed):
-    kernel = Kernel()
-    for _ in range(2):
-        launch(common, kernel)
-        launch(common, kernel, **changed)
-    assert len(kernel.ordinary) == len(kernel.direct) == 2
-
-
-def test_kernels_and_devices_have_binaries_of_their_own(common, monkeypatch):
-    kernels = Kernel(), Kernel()
-    for kernel in kernels:
-        launch(common, kernel)
-    monkeypatch.setattr(common, "current_device", lambda: 1)
-    launch(common, kernels[0], x=tensor(device=torch.device("cuda", 1)))
-    assert [len(kernel.ordinary) for kernel in kernels] == [2, 1]
-    assert not kernels[0].direct
-
-
-def test_a_profiler_sees_every_launch(common, monkeypatch):
-    kernel = Kernel()
-    launch(common, kernel)
-    monkeypatch.setattr(common.knobs.runtime.launch_enter_hook, "calls", [print])
-    launch(common, kernel)
-    assert len(kernel.ordinary) == 2
-
-
-def test_numbers_alike_are_alike_to_triton(common):
-    specialize = importlib.import_module("triton._C.libtriton").native_specialize_impl
-    backend = importlib.import_module("triton.backends.nvidia.compiler").CUDABackend
-    edges = [sign * 2**bits + more for bits in (31, 32, 62) for sign in (1, -1) for more in (-16, -1, 0, 1, 16)]
-    found = {}
-    for x in [*range(-33, 50), *edges, 2**63 - 1, 0.0, 1.0, 16.0, 0.3]:
-        found.setdefault(common._alike(type(x), (x,)), set()).add(specialize(backend, x, False, True, True))
-    assert all(len(kinds) == 1 for kinds in found.values())
-    assert len(found) < 30
 
 
 @pytest.fixture
@@ -192,76 +82,6 @@ def test_cuda_launch_in_a_thread_without_a_context(cuda_common):
     with pytest.raises(RuntimeError):
         step(7, b"ab")
     assert len(launched) == 1
-
-
-KERNELS = ("probe_rows", "row_sums", "column_sums", "select_tokens", "compact_kv", "sparse_attention")
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    """The modules of `zipvl_kernels._cuda` over no CuPy, and a driver that notes grids and parameters, by kernel.
-
-    What they allocate, on the CPU, stays, so that no two tensors have one address; a tensor is copied once.
-    """
-    cupy = ("cupy", "cupy.cuda", "cupy.cuda.function")
-    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in cupy}):
-        for name in [name for name in sys.modules if name.startswith("zipvl_kernels._cuda")]:
-            del sys.modules[name]
-        operators = ("probe_rows", "score_tokens", "select_tokens", "compact_kv", "sparse_attention", "zipvl_prefill")
-        stems = ("common", "tensor_map", "compact_paged_kv", "decode_attention", *operators)
-        found = {stem: importlib.import_module(f"zipvl_kernels._cuda.{stem}") for stem in stems}
-    modules = SimpleNamespace(**found, launched=[])
-    sizes = [56, 384, 384, 136, 176, 448]  # of the parameters, as the sources of the kernels assert
-
-    def start(config, kernel, pointers, extra):
-        parameters = ctypes.string_at(ctypes.c_void_p.from_address(pointers).value, sizes[kernel])
-        modules.launched.append((KERNELS[kernel], ctypes.string_at(config, 56), parameters))
-        return 0
-
-    def encode(to, kind, rank, address, *rest):
-        ctypes.memmove(to.value, struct.pack("=QQ", 1 << 63, address.value), 16)
-        return 0
-
-    def load(name, *_, **defined):
-        return SimpleNamespace(ptr=KERNELS.index(name))
-
-    module = SimpleNamespace(get_function=load)
-    monkeypatch.setattr(modules.common, "load", load)
-    monkeypatch.setattr(modules.common, "load_module", lambda *_, **defined: module)
-    monkeypatch.setattr(modules.common, "allow_shared", lambda *_: None)
-    monkeypatch.setattr(modules.common, "allow_large_cluster", lambda *_: None)
-    monkeypatch.setattr(modules.common, "clusters_at_once", lambda step: 1)
-    monkeypatch.setattr(modules.common, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(modules.common, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(modules.common, "current_device", lambda: None)
-    monkeypatch.setattr(modules.common, "current_stream", lambda device: 7)
-    monkeypatch.setattr(modules.common, "_start", lambda: start)
-    monkeypatch.setattr(modules.tensor_map, "libcuda", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    counters = torch.zeros(1 << 16, dtype=torch.int32)
-    for user in (modules.compact_kv, modules.compact_paged_kv, modules.sparse_attention, modules.zipvl_prefill):
-        monkeypatch.setattr(user, "tickets", lambda device, count: counters)
-    kept, copies, contiguous = [], {}, torch.Tensor.contiguous
-    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: copies.setdefault(id(x), contiguous(x)))
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        make = getattr(owner, name)
-
-        def keep(*args, make=make, **options):
-            kept.append(make(*args, **options))
-            return kept[-1]
-
-        monkeypatch.setattr(owner, name, keep)
-    return modules
-
-
-def qkv(B, Hq, Hkv, M, N, D, dtype=torch.bfloat16):
-    shapes = ((B, M, Hq, D), (B, N, Hkv, D), (B, N, Hkv, D))
-    return [torch.zeros(shape, dtype=dtype).transpose(1, 2) for shape in shapes]
-
-
-OPTIONS = {
-    "tau": 0.975, "keep_ratio": None, "num_recent": 64, "num_random": 64, "seed": 0, "keep_first": 0, "keep_recent": 1,
-    "scale": None, "q_start": None, "leftpad_k": None, "seqused_k": None, "pool": "layer",
-}  # fmt: skip
 
 
 def step_by_step(
