@@ -20,6 +20,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -45,7 +46,7 @@ from whole_models import (
     release,
     synchronize,
 )
-from zipvl_adapters import fuse_projections
+from zipvl_adapters import fused_projections
 from zipvl_adapters.cli.timing import ceilings
 
 WARM_UP = 4  # steps: the first compiles, the next ones warm up and record the CUDA graph
@@ -64,6 +65,11 @@ def compiled(model: Any, how: argparse.Namespace) -> Callable[..., Any]:
     torch._inductor.config.coordinate_descent_tuning = how.tune
     mode = how.mode if how.backend == "inductor" else None
     return torch.compile(model.__call__, backend=how.backend, mode=mode, fullgraph=True, dynamic=False)
+
+
+def projections(model: Any, how: argparse.Namespace) -> AbstractContextManager[None]:
+    """A block in which the model's projections are as asked for."""
+    return fused_projections(model) if how.fuse else nullcontext()
 
 
 def logits_of(call: Callable[..., Any], ids: Tensor, cache: Any) -> Tensor:
@@ -98,19 +104,18 @@ def check(case: Case, how: argparse.Namespace) -> dict[str, float]:
     """
     model = build(case.model, layers=CHECK_LAYERS)
     exact = copy.deepcopy(model).float()
-    if how.fuse:
-        fuse_projections(model)
     calls = {"eager": (model, model), "compiled": (model, compiled(model, how)), "exact": (exact, exact)}
     caches = {name: filled(owner, case) for name, (owner, _) in calls.items()}
     found = {}
-    for name, (_, call) in calls.items():
-        for layer, same in zip(caches[name].layers, caches["compiled"].layers, strict=True):
-            layer.keys.copy_(same.keys)
-            layer.values.copy_(same.values)
-        tokens = [(first_ids(model, case.batch) + 17 * i) % model.config.vocab_size for i in range(CHECK_STEPS)]
-        found[name] = [logits_of(call, ids, caches[name]).float().clone() for ids in tokens]
-        if int(caches[name].get_seq_length()) != case.context + CHECK_STEPS:
-            raise AssertionError(f"{name}: the cache has seen {int(caches[name].get_seq_length())} tokens")
+    with projections(model, how):
+        for name, (_, call) in calls.items():
+            for layer, same in zip(caches[name].layers, caches["compiled"].layers, strict=True):
+                layer.keys.copy_(same.keys)
+                layer.values.copy_(same.values)
+            tokens = [(first_ids(model, case.batch) + 17 * i) % model.config.vocab_size for i in range(CHECK_STEPS)]
+            found[name] = [logits_of(call, ids, caches[name]).float().clone() for ids in tokens]
+            if int(caches[name].get_seq_length()) != case.context + CHECK_STEPS:
+                raise AssertionError(f"{name}: the cache has seen {int(caches[name].get_seq_length())} tokens")
     exact_logits = torch.stack(found["exact"])
     rounding = float(exact_logits.abs().max()) * torch.finfo(model.dtype).eps
     errors = {name: float((torch.stack(found[name]) - exact_logits).abs().max()) for name in ("eager", "compiled")}
@@ -250,21 +255,22 @@ def measure_model(name: str, how: argparse.Namespace, record: Record) -> bool:
         print(f"{name:16} compiled logits are right: {errors}", flush=True)
     release()
     model = build(name, how.layers)
-    if how.fuse:
-        fuse_projections(model)
     succeeded = True
-    for asked in batches:
-        for kind in [x for x in CACHES if not how.cache or x in how.cache]:  # ours last, to be compared with the others
-            case = Case(name, kind, 0, how.context)
-            batch = largest(model, case, partial(eager_step, model), how.seconds) if asked == "max" else int(asked)
-            row = row_of(model, replace(case, batch=batch), how, asked) | {"logit_errors": errors}
-            torch._dynamo.reset()
-            release()
-            if kind == "zipvl" and "failed" not in row:
-                compare(row, record.rows)
-            record.add(row)
-            print_row(row)
-            succeeded &= row.get("failed", "memory").startswith("memory")
+    with projections(model, how):
+        for asked in batches:
+            for kind in [
+                x for x in CACHES if not how.cache or x in how.cache
+            ]:  # ours last, to be compared with the others
+                case = Case(name, kind, 0, how.context)
+                batch = largest(model, case, partial(eager_step, model), how.seconds) if asked == "max" else int(asked)
+                row = row_of(model, replace(case, batch=batch), how, asked) | {"logit_errors": errors}
+                torch._dynamo.reset()
+                release()
+                if kind == "zipvl" and "failed" not in row:
+                    compare(row, record.rows)
+                record.add(row)
+                print_row(row)
+                succeeded &= row.get("failed", "memory").startswith("memory")
     return succeeded
 
 

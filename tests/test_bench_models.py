@@ -62,7 +62,7 @@ class Memory:
     """Stands for tensors that an error's traceback holds on to."""
 
 
-@pytest.mark.parametrize(("most", "tried"), [(0, [1]), (1, [1, 2]), (2, [1, 2, 3]), (9, [1, 2, 9, 10])])
+@pytest.mark.parametrize(("most", "tried"), [(0, [1]), (1, [1, 2]), (2, [1, 2, 3]), (9, [1, 2, 8, 9, 11, 10])])
 def test_the_search_of_a_prefill_foretells_the_batch(bench, most, tried):
     """Weights of 100 bytes and 10 a sequence; memory that a failed try held is free before the next."""
     from model_prefill import search
@@ -146,11 +146,12 @@ def test_decode_rows(run):
     assert ours["x_static"] == ours["tokens_per_second"] / dense["tokens_per_second"]
 
 
-def test_a_wrong_compiled_step_is_not_timed(bench, monkeypatch):
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_wrong_compiled_step_is_not_timed(bench, monkeypatch, fuse):
     import compiled_decode
     from filled_caches import Case
 
-    how = type("How", (), {"backend": "eager", "mode": None, "tune": False})
+    how = type("How", (), {"backend": "eager", "mode": None, "tune": False, "fuse": fuse})
     with torch.no_grad():
         compiled_decode.check(Case("tiny", "zipvl", 1, 64), how)
 

@@ -1,6 +1,8 @@
-"""`fuse_projections`: fewer products in compiled code, the same parameters, eager results and tokens."""
+"""`fused_projections`: fewer products in compiled code, and nothing else that changes."""
 
 import copy
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -8,28 +10,42 @@ import torch
 from test_compiled_decode import assert_same_cache, compile_config, graphs_and_breaks, ragged, static
 from tiny_models import TEXT_FAMILIES, VISION_FAMILIES, inputs_for, tiny
 from torch import nn
-from zipvl_adapters import ZipVLPolicy, fuse_projections
+from zipvl_adapters import ZipVLPolicy, fused_projections
 
 LAYERS = 3
+IDS = torch.arange(8, 18)[None]
+SPLIT, JOINED = [7 * LAYERS + 1], [4 * LAYERS + 1]  # products of a whole model
 
 
-def logits_of(model, ids):
+def logits_of(model, ids=IDS):
     with torch.no_grad():
         return model(input_ids=ids).logits
 
 
-def compiled_logits(model, ids):
-    """And how many products the graph has."""
-    products = []
+class Compiler:
+    """`torch.compile` by a backend that takes no time; notes how many products each graph has."""
 
-    def backend(graph, _):
-        products.append(sum(node.target is nn.functional.linear for node in graph.graph.nodes))
+    def __init__(self):
+        torch._dynamo.reset()
+        self.products = []
+
+    def __call__(self, fn):
+        return torch.compile(fn, backend=self.backend, fullgraph=True)
+
+    def backend(self, graph, _):
+        self.products.append(sum(node.target is nn.functional.linear for node in graph.graph.nodes))
         return graph
 
-    torch._dynamo.reset()
+
+def compiled_logits(model):
+    """And the products of the graphs."""
+    compiler = Compiler()
     with torch.no_grad():
-        logits = torch.compile(model.__call__, backend=backend, fullgraph=True)(input_ids=ids).logits
-    return logits, products
+        return compiler(model.__call__)(input_ids=IDS).logits, compiler.products
+
+
+def close(x, y):
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
 
 
 def lies_together(model):
@@ -42,26 +58,30 @@ def lies_together(model):
     return all(ends)
 
 
-IDS = torch.arange(8, 18)[None]
-
-
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_three_products_a_layer_fewer_and_nothing_else(family):
     model = tiny(family).model
-    want, parameters = logits_of(model, IDS), {name: x.clone() for name, x in model.state_dict().items()}
-    in_all = sum(x.nbytes for x in model.parameters())
-    plain, before = compiled_logits(model, IDS)
-    fuse_projections(model)
-    fused, after = compiled_logits(model, IDS)
-    assert (before, after) == ([7 * LAYERS + 1], [4 * LAYERS + 1])
-    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-6)
-    assert torch.equal(logits_of(model, IDS), want)  # eager: bit for bit
-    state = model.state_dict()
-    assert state.keys() == parameters.keys()
-    assert all(torch.equal(x, parameters[name]) for name, x in state.items())
-    assert lies_together(model)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in model.parameters()}
-    assert sum(storages.values()) == in_all
+    want, before = logits_of(model), {name: x.clone() for name, x in model.state_dict().items()}
+    parameters, in_all = list(model.parameters()), sum(x.nbytes for x in model.parameters())
+    plain, products = compiled_logits(model)
+    assert products == SPLIT
+    for _ in range(2):  # it can be done again
+        with fused_projections(model):
+            fused, products = compiled_logits(model)
+            assert products == JOINED
+            close(fused, plain)
+            assert torch.equal(logits_of(model), want)  # eager: bit for bit
+            assert lies_together(model)
+            storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in model.parameters()}
+            assert sum(storages.values()) == in_all
+            state = model.state_dict()
+            assert state.keys() == before.keys()
+            assert all(torch.equal(x, before[name]) for name, x in state.items())
+    assert all(x is y for x, y in zip(model.parameters(), parameters, strict=True))
+    assert {type(m) for m in model.modules()} == {type(m) for m in tiny(family).model.modules()}
+    assert {name for name, _ in model.named_buffers()} == {name for name, _ in tiny(family).model.named_buffers()}
+    assert compiled_logits(model)[1] == SPLIT
+    assert torch.equal(logits_of(model), want)
 
 
 @pytest.mark.parametrize("family", ["llama", *VISION_FAMILIES])
@@ -70,73 +90,111 @@ def test_the_same_tokens_by_one_graph(family):
     inputs = inputs_for(kind, (30, 5, 14))
     policy = ZipVLPolicy(tau=0.7, num_recent=4, num_random=8, recompress_interval=5)
     want, theirs = ragged(kind, inputs, policy, do_sample=False)
-    fuse_projections(kind.model)
-    out, ours = static(kind, inputs, policy, do_sample=False, compile_config=compile_config())
+    with fused_projections(kind.model):
+        out, ours = static(kind, inputs, policy, do_sample=False, compile_config=compile_config())
     assert torch.equal(out, want)
     assert_same_cache(ours, theirs)
     assert graphs_and_breaks() == (1, 0)
 
 
+def test_layers_of_one_kind_share_a_graph():
+    """Where each layer is compiled by itself, as many engines do."""
+    model, compiler = tiny("llama", num_hidden_layers=12).model, Compiler()
+    want = logits_of(model)
+    with fused_projections(model):
+        for layer in model.get_decoder().layers:
+            layer.compile(backend=compiler.backend, fullgraph=True)
+        with torch.no_grad():
+            close(model(input_ids=IDS, use_cache=False).logits, want)
+    assert compiler.products == [4]
+
+
+def test_an_input_that_is_used_again_is_read_again():
+    """The product that stays with an input is of one call."""
+    model = tiny("llama").model
+    mlp, x, y = model.get_decoder().layers[0].mlp, *torch.randn(2, 1, 4, 32)
+    with torch.no_grad(), fused_projections(model):
+        compiled = Compiler()(mlp)
+        for values in (x.clone(), y, x.clone()):
+            x.copy_(values)
+            close(compiled(x), mlp(values))
+        assert getattr(x, "_zipvl_fused", None) is None  # nor does it stay for longer
+
+
+def test_parameters_changed_in_place_within_the_block():
+    """As an optimizer or load_state_dict does, and before any eager call."""
+    model, other = tiny("qwen2").model, tiny("qwen2", seed=1).model  # with biases
+    compiler = Compiler()
+    with torch.no_grad(), fused_projections(model):
+        call = compiler(model.__call__)
+        call(input_ids=IDS)
+        model.load_state_dict(other.state_dict())
+        close(call(input_ids=IDS).logits, logits_of(other))
+        for x in (*model.parameters(), *other.parameters()):
+            x.mul_(1.1)
+        close(call(input_ids=IDS).logits, logits_of(other))
+    assert compiler.products == JOINED
+
+
 def test_compiled_training_has_all_gradients():
     plain, fused = tiny("llama").model, tiny("llama").model
-    fuse_projections(fused)
-    torch._dynamo.reset()
-    torch.compile(fused.__call__, backend="aot_eager", fullgraph=True)(input_ids=IDS, labels=IDS).loss.backward()
     plain(input_ids=IDS, labels=IDS).loss.backward()
+    torch._dynamo.reset()
+    with fused_projections(fused):
+        call = torch.compile(fused.__call__, backend="aot_eager", fullgraph=True)
+        call(input_ids=IDS, labels=IDS).loss.backward()
     for (name, x), y in zip(fused.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_changed_parameters_are_changed_fused_weights():
-    """They are the same memory."""
-    model = tiny("llama").model
-    fuse_projections(model)
-    with torch.no_grad():
-        for x in model.parameters():
-            x.mul_(1.1)
-    torch.testing.assert_close(compiled_logits(model, IDS)[0], logits_of(model, IDS), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("change", ["moved", "replaced", "copied"])
-def test_weights_of_now_count(change):
-    """Eager code, such as any prefill, puts weights together again that a move or a new parameter took apart."""
-    model = tiny("qwen2").model  # with a bias
-    fuse_projections(model)
-    if change == "moved":
-        model = model.double()
-    elif change == "copied":
-        model = copy.deepcopy(model)
-    else:
-        layer = model.get_decoder().layers[1]
-        for linear in (layer.self_attn.k_proj, layer.mlp.up_proj):
-            linear.weight = nn.Parameter(torch.randn_like(linear.weight))
-        layer.self_attn.v_proj.bias = nn.Parameter(torch.randn_like(layer.self_attn.v_proj.bias))
-    logits_of(model, IDS)
-    assert lies_together(model)
-    with torch.no_grad():
-        for x in model.parameters():
-            x.mul_(1.1)
-    torch.testing.assert_close(compiled_logits(model, IDS)[0], logits_of(model, IDS), rtol=0, atol=1e-6)
+def test_frozen_weights_are_fused_where_gradients_are_on():
+    model, compiler = tiny("llama").model.requires_grad_(False), Compiler()
+    with fused_projections(model):
+        close(compiler(model.__call__)(input_ids=IDS).logits, logits_of(model))
+    assert compiler.products == JOINED
 
 
 def test_a_copy_stands_alone():
     model = tiny("llama").model
-    fuse_projections(model)
-    other, want = copy.deepcopy(model), logits_of(model, IDS)
-    with torch.no_grad():
-        for x in other.parameters():
-            x.zero_()
-    assert torch.equal(logits_of(model, IDS), want)
-    torch.testing.assert_close(compiled_logits(model, IDS)[0], want, rtol=0, atol=1e-6)
+    want = logits_of(model)
+    with fused_projections(model):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for x in other.parameters():
+                x.zero_()
+        assert torch.equal(logits_of(model), want)
+        close(compiled_logits(model)[0], want)
+        assert not compiled_logits(other)[0].any()
 
 
 def test_it_is_saved_as_before(tmp_path):
     model = tiny("llama").model
-    want = logits_of(model, IDS)
-    fuse_projections(model)
-    model.save_pretrained(tmp_path)
+    want = logits_of(model)
+    with fused_projections(model):
+        model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits_of(again, IDS), want)
+    assert torch.equal(logits_of(again), want)
+
+
+def test_nothing_keeps_the_weights():
+    model = tiny("llama").model
+    with fused_projections(model):
+        pass
+    weight = weakref.ref(model.get_decoder().layers[0].mlp.gate_proj)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_an_error_within_the_block_undoes_it():
+    model = tiny("llama").model
+    with pytest.raises(KeyError), fused_projections(model):
+        raise KeyError
+    assert compiled_logits(model)[1] == SPLIT
 
 
 class Other(nn.Linear):
@@ -171,6 +229,10 @@ def hook(attention):
     attention.q_proj.forward = attention.q_proj.forward
 
 
+def tied(attention):
+    attention.v_proj.weight = attention.k_proj.weight
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
@@ -179,24 +241,28 @@ def hook(attention):
         (meta, TypeError, r"layers\.2\.self_attn\.k_proj\.weight: expected .* got one on the meta device"),
         (other_dtype, ValueError, r"layers\.2\.self_attn\.k_proj and layers\.2\.self_attn\.v_proj: expected one dtype"),
         (one_bias, ValueError, r"both or none with a bias"),
-        (hook, ValueError, r"layers\.2\.self_attn\.q_proj: its forward is replaced already"),
+        (hook, ValueError, r"layers\.2\.self_attn\.q_proj: expected the forward of its class"),
+        (tied, ValueError, r"layers\.2\.self_attn\.v_proj\.weight: .* got that of layers\.2\.self_attn\.k_proj"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_what_cannot_be_fused_is_refused_and_nothing_is_changed(spoil, error, message):
     model = tiny("llama").model
     spoil(model.get_decoder().layers[2].self_attn)
+    before = [(type(module), vars(module).keys()) for module in model.modules()]
     addresses = [x.data_ptr() for x in model.parameters() if not x.is_meta]
-    with pytest.raises(error, match=message):
-        fuse_projections(model)
+    with pytest.raises(error, match=message), fused_projections(model):
+        pass
     assert [x.data_ptr() for x in model.parameters() if not x.is_meta] == addresses
-    assert not list(model.get_decoder().layers[0].mlp.gate_proj.buffers())
+    assert [(type(module), vars(module).keys()) for module in model.modules()] == before
 
 
-def test_other_models_and_a_second_time_are_refused():
+def test_other_models_and_a_second_block_are_refused():
+    linear = nn.Linear(2, 2)
     with pytest.raises(TypeError, match="model: expected a transformers PreTrainedModel, got Linear"):
-        fuse_projections(nn.Linear(2, 2))
+        fused_projections(linear).__enter__()
     model = tiny("llama").model
-    fuse_projections(model)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: its forward is replaced already"):
-        fuse_projections(model)
+    with fused_projections(model):
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: fused already"):
+            fused_projections(model).__enter__()
+        assert compiled_logits(model)[1] == JOINED

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from zipvl_adapters.attention import ATTENTION
     from zipvl_adapters.cache import ZipVLCache
     from zipvl_adapters.families import visual_boxes
-    from zipvl_adapters.fused import fuse_projections
+    from zipvl_adapters.fused import fused_projections
     from zipvl_adapters.loading import LoadError, load
     from zipvl_adapters.policy import Policy, ZipVLPolicy
     from zipvl_adapters.session import Session, attach, enable
@@ -26,7 +26,7 @@ __all__ = [
     "ZipVLStaticCache",
     "attach",
     "enable",
-    "fuse_projections",
+    "fused_projections",
     "load",
     "visual_boxes",
 ]
@@ -44,7 +44,7 @@ _HOME = {
     "ZipVLStaticCache": "static",
     "attach": "session",
     "enable": "session",
-    "fuse_projections": "fused",
+    "fused_projections": "fused",
     "load": "loading",
     "visual_boxes": "families",
 }

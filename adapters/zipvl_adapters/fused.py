@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -14,15 +16,17 @@ from zipvl_adapters.families import check_model
 GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 
 
-def fuse_projections(model: PreTrainedModel) -> None:
-    """In code that `torch.compile` makes, q, k and v of a text layer become one product, and so do gate and up.
+@contextmanager
+def fused_projections(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block compiled code computes q, k and v of a text layer as one product, and gate and up as another.
 
     A product with few tokens takes as long as reading its weights, and small matrices are read slower than large ones.
-    The weights of a group move next to each other in memory. They stay the parameters that they were, with the same
-    values and as many bytes; eager code, and code that gradients are wanted of, computes what it did. For good.
+    The weights of a group move next to each other in memory, and stay the same parameters with the same values. Eager
+    code, and code that gradients of the weights are wanted of, computes what it did.
 
-    Raises TypeError or ValueError, and changes nothing, where a projection is not a plain `nn.Linear` with its values
-    there: quantised, tensor-parallel, offloaded, or wrapped by an adapter.
+    Weights may be changed in place within the block, but not be moved or replaced: compiled code would go on with what
+    they were. Raises TypeError or ValueError, with nothing changed, where a projection is not a plain `nn.Linear` with
+    values of its own: quantised, tensor-parallel, offloaded, tied, hooked, or wrapped by an adapter.
     """
     check_model(model)
     layers: Any = model.get_decoder().layers  # type: ignore[no-untyped-call]
@@ -31,91 +35,90 @@ def fuse_projections(model: PreTrainedModel) -> None:
         for i, layer in enumerate(layers)
         for block, names in GROUPS
     ]
+    owners: dict[int, str] = {}
     for group in groups:
-        _check(group)
-    for group in groups:
-        _Group(list(group.values()))
+        _check(group, owners)
+    with ExitStack() as undo:
+        for group in groups:
+            undo.callback(_part, list(group.values()))
+            _join(list(group.values()))
+        yield
 
 
-def _check(group: dict[str, Any]) -> None:
+def _check(group: dict[str, Any], owners: dict[int, str]) -> None:
     for name, module in group.items():
+        if type(module) is _Fused:
+            raise ValueError(f"{name}: fused already; leave the other fused_projections() block first")
         if type(module) is not nn.Linear:
             raise TypeError(f"{name}: expected a torch.nn.Linear, got {type(module).__name__}")
         if type(module.weight) is not nn.Parameter or module.weight.is_meta:
             found = "one on the meta device" if module.weight.is_meta else type(module.weight).__name__
             raise TypeError(f"{name}.weight: expected a plain parameter with its values, got {found}")
         if "forward" in vars(module):
-            raise ValueError(f"{name}: its forward is replaced already, by a hook or by fuse_projections")
+            raise ValueError(f"{name}: expected the forward of its class, got one that replaces it, such as a hook's")
+        other = owners.setdefault(id(module.weight), name)
+        if other != name:
+            raise ValueError(f"{name}.weight: expected a parameter of its own, got that of {other}")
     for (name, module), (other, another) in pairwise(group.items()):
         if _kind(module) != _kind(another):
             raise ValueError(f"{name} and {other}: expected one dtype, device and width, and both or none with a bias")
 
 
 def _kind(module: nn.Linear) -> tuple[Any, ...]:
-    return module.weight.dtype, module.weight.device, module.in_features, module.bias is None
+    width, bias = module.in_features, module.bias
+    return width, *((None, None) if x is None else (x.dtype, x.device) for x in (module.weight, bias))
 
 
-class _Group:
-    """Modules that are given the same input."""
-
-    def __init__(self, modules: list[nn.Linear]) -> None:
-        self.modules = modules
-        self.sizes = [module.out_features for module in modules]
-        first: Any = modules[0]
-        for name in ("weight", "bias"):
-            parts = self._parts(name)
-            # Of the module, since compiled code takes what it holds as inputs that keep their place.
-            first.register_buffer(f"fused_{name}", torch.cat(parts).detach() if parts else None, persistent=False)
-        self.lay_together()
-        for i, module in enumerate(modules):
-            module.forward = _Part(self, i)  # type: ignore[method-assign, assignment]
-
-    def _parts(self, name: str) -> list[Tensor]:
-        parts = [getattr(module, name) for module in self.modules]
-        return [] if parts[0] is None else parts
-
-    def _places(self, name: str) -> tuple[Tensor, ...]:
-        fused: Tensor | None = getattr(self.modules[0], f"fused_{name}")
-        return () if fused is None else torch.split(fused, self.sizes)
-
-    def lie_together(self) -> bool:
-        """Not so once the model was moved, or a weight replaced."""
-        return all(
-            part.data_ptr() == place.data_ptr()
-            for name in ("weight", "bias")
-            for part, place in zip(self._parts(name), self._places(name), strict=True)
-        )
-
-    @torch.no_grad()
-    def lay_together(self) -> None:
-        """Every weight and bias becomes a part of the fused one."""
-        for name in ("weight", "bias"):
-            for part, place in zip(self._parts(name), self._places(name), strict=True):
-                place.copy_(part)
+@torch.no_grad()
+def _join(modules: list[nn.Linear]) -> None:
+    """Lays the weights of a group into one tensor, and has the modules use it."""
+    first: Any = modules[0]
+    sizes = [module.out_features for module in modules]
+    for name in ("weight", "bias"):
+        parts = [getattr(module, name) for module in modules]
+        together = None if parts[0] is None else torch.cat(parts)
+        if together is not None:
+            for part, place in zip(parts, torch.split(together, sizes), strict=True):
                 part.data = place
-
-    def product(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Of all modules, computed once for an input: it stays with the input."""
-        first: Any = self.modules[0]
-        found = getattr(x, "_zipvl_fused", None)
-        if found is None or found[0] is not first:
-            product = nn.functional.linear(x, first.fused_weight, first.fused_bias)
-            parts = torch.split(product, self.sizes, -1)
-            found = x._zipvl_fused = first, parts  # type: ignore[attr-defined]
-        return found[1]
+        first.register_buffer(f"fused_{name}", together, persistent=False)  # compiled code takes it where it lies
+    for index, module in enumerate(modules):
+        module.__class__ = _Fused
+        vars(module).update(index=index, sizes=sizes, first=() if index == 0 else (first,))
 
 
-class _Part:
-    """The forward of one module of a group."""
+def _part(modules: list[nn.Linear]) -> None:
+    """Makes them plain again, whatever became of the group. Their weights stay where they are."""
+    for module in modules:
+        module.__class__ = nn.Linear
+        for name in ("index", "sizes", "first"):
+            vars(module).pop(name, None)
+        for name in ("fused_weight", "fused_bias"):
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
 
-    def __init__(self, group: _Group, index: int) -> None:
-        self.group, self.index = group, index
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            if not torch.is_grad_enabled():  # the fused weight passes no gradients on to its parts
-                return self.group.product(x)[self.index]
-        elif self.index == 0 and not self.group.lie_together():  # compiled code would go on with weights of before
-            self.group.lay_together()
-        module = self.group.modules[self.index]
-        return nn.functional.linear(x, module.weight, module.bias)
+class _Fused(nn.Linear):
+    """One of the modules that are given the same input. The first one holds the weights of all."""
+
+    index: int
+    sizes: list[int]  # the output features of each
+    first: tuple[_Fused, ...]  # not of the first itself: a cycle would keep weights alive
+    fused_weight: Tensor
+    fused_bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The first module leaves the product of all with the input, and the last takes it away."""
+        # The fused weight hands no gradients on to its parts.
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and self.weight.requires_grad):
+            if self.index == 0:
+                product = nn.functional.linear(input, self.fused_weight, self.fused_bias)
+                parts = torch.split(product, self.sizes, -1)
+                input._zipvl_fused = self, parts  # type: ignore[attr-defined]
+                return parts[0]
+            found = getattr(input, "_zipvl_fused", None)
+            if found is not None and found[0] is self.first[0]:
+                part: Tensor = found[1][self.index]
+                if self.index == len(self.sizes) - 1:
+                    input._zipvl_fused = None  # type: ignore[attr-defined]
+                return part
+        return super().forward(input)
