@@ -10,4 +10,6 @@ if not torch.cuda.is_available():  # read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
 
-from cuda_over_nothing import cuda  # noqa: E402, F401  (a fixture of several files)
+# Fixtures of several files.
+from cuda_by_cpu import compiled, on_cpu  # noqa: E402, F401
+from cuda_over_nothing import cuda  # noqa: E402, F401

@@ -8,9 +8,6 @@ import functools
 import mmap
 import shutil
 import struct
-import subprocess
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,81 +15,11 @@ import zipvl_reference
 from cuda_over_nothing import OPTIONS
 from zipvl_reference.testing.budget import assert_same_bits
 
-import zipvl_kernels as zk
 from zipvl_kernels._cuda.packed import fewest, ways
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-KERNELS, STANDINS = Path(zk.__file__).parent / "_cuda", Path(__file__).with_name("cuda_on_cpu")
-ENTRIES = {"score_tokens": ("row_sums", "column_sums"), "decode_attention": ("attend_splits", "merge_splits")}
-PLAIN = {
-    'asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory")': "*flag = 1",
-    'asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory")': "x = *flag",
-}
 LENGTHS = (300, 0, 1, 129, 70)
-CONTIGUOUS = torch.Tensor.contiguous
 D = 64
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    for source in (*KERNELS.glob("*.cuh"), *STANDINS.iterdir()):  # stand-ins last: one takes the place of a header
-        text = source.read_text()
-        for assembly, plain in PLAIN.items():
-            text = text.replace(assembly, plain)
-        (folder / source.name).write_text(text)
-
-    @functools.cache
-    def library(name, defined, text=""):
-        stem = "_".join([name, *(str(value) for _, value in defined)])
-        source, program = folder / f"{stem}.cpp", folder / f"{stem}.so"
-        runs = " ".join(f"RUN({entry})" for entry in ENTRIES.get(name, (name,)))
-        text = text or (KERNELS / f"{name}.cu").read_text()
-        source.write_text(f"{text.replace('extern __shared__', 'extern')}\n{runs}\n")
-        macros = [f"-D{macro}={value}" for macro, value in defined] + ["-D__shared__=static"]
-        flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-w", "-Wno-psabi", "-fPIC", "-shared"]
-        flags += ["-include", folder / "cuda_on_cpu.h"]
-        subprocess.run(["g++", *flags, *macros, source, "-o", program], check=True)
-        return ctypes.CDLL(str(program))
-
-    return library
-
-
-@pytest.fixture
-def on_cpu(cuda, compiled, monkeypatch):
-    """`zipvl_kernels._cuda`, whose launches run."""
-    kernels = []
-
-    def load_module(name, *_, **defined):
-        library = compiled(name, tuple(sorted(defined.items())))
-
-        def get_function(entry):
-            kernels.append(getattr(library, f"run_{entry}"))
-            return SimpleNamespace(ptr=len(kernels) - 1)
-
-        return SimpleNamespace(get_function=get_function)
-
-    def load(name, *_, **defined):
-        return load_module(name, **defined).get_function(name)
-
-    def start(config, kernel, pointers, extra):
-        blocks, *_, threads, _, _, _ = struct.unpack("=7I", ctypes.string_at(config, 28))
-        kernels[kernel](blocks, threads, ctypes.c_void_p(ctypes.c_void_p.from_address(pointers).value))
-        return 0
-
-    def encode(to, kind, rank, address, sizes, strides, box, *rest):
-        fields = struct.pack("=9Q", address.value, *sizes, *strides, box[1])
-        ctypes.memmove(to.value, fields, len(fields))
-        return 0
-
-    monkeypatch.setattr(torch.Tensor, "contiguous", CONTIGUOUS)  # of which `cuda` keeps the results
-    monkeypatch.setattr(cuda.common, "load_module", load_module)
-    monkeypatch.setattr(cuda.common, "load", load)
-    monkeypatch.setattr(cuda.common, "_start", lambda: start)
-    monkeypatch.setattr(cuda.common, "multiprocessors", lambda device: 3)
-    monkeypatch.setattr(cuda.tensor_map, "libcuda", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    return cuda
-
 
 LOOK_UP = """
 #include "packed.cuh"
@@ -272,16 +199,14 @@ def test_sparse_attention_of_a_chunk_reads_its_sets_alone(on_cpu):
     torch.testing.assert_close(got, wanted, rtol=5e-3, atol=2e-3)
 
 
-def caches(lengths, Hq, M, seed=0, capacity=1100, dtype=torch.float16):
+def caches(lengths, Hq, M, *, head_dim=D, capacity=1100, dtype=torch.float16):
     """New rows, keys and values of two heads, and how many of a sequence's rows are used: behind them is NaN."""
-    random = torch.Generator().manual_seed(seed)
-    B, used = len(lengths), torch.tensor(lengths, dtype=torch.int32)
-    q, k, v = (
-        torch.randn(B, n, h, D, generator=random).transpose(1, 2) for n, h in ((M, Hq), (capacity, 2), (capacity, 2))
-    )
+    random = torch.Generator().manual_seed(0)
+    shapes = ((M, Hq), (capacity, 2), (capacity, 2))
+    q, k, v = (torch.randn(len(lengths), *shape, head_dim, generator=random).transpose(1, 2) for shape in shapes)
     for b, n in enumerate(lengths):
         k[b, :, n:] = v[b, :, n:] = torch.nan
-    return *(x.to(dtype) for x in (q, k, v)), used
+    return *(x.to(dtype) for x in (q, k, v)), torch.tensor(lengths, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(("Hq", "M", "dtype"), [(2, 1, torch.float16), (14, 1, torch.bfloat16), (8, 4, torch.float16)])
@@ -298,31 +223,66 @@ def test_decode_attention(on_cpu, Hq, M, dtype):
         one = slice(b, b + 1)
         for x, y in zip(found, decode(q[one], k[one], v[one], used[one]), strict=True):
             assert_same_bits(f"sequence {b}", x[one], y)
+    each = used[:, None].expand(-1, 2).contiguous()  # of each head
+    assert_same_bits("lengths by head", decode(q, k, v, each)[0], found[0])
 
 
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
-def test_decode_attention_over_pages(on_cpu, page, layout):
+def paged(x, page, layout, table):
+    """The rows of `x [B, H, N, D]` in the pages that the table names; two pages more hold infinity."""
+    B, H, N, width = x.shape
+    pool = torch.full((B * N // page + 2, page, H, width), torch.inf, dtype=x.dtype)
+    pool[table.long()] = x.transpose(1, 2).unflatten(1, (N // page, page))
+    return pool if layout == "NHD" else pool.transpose(1, 2).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("page", "layout", "head_dim"),
+    [(16, "NHD", 128), (16, "HND", 64), (32, "NHD", 64), (64, "HND", 128), (128, "NHD", 64), (256, "HND", 64)],
+)
+def test_decode_attention_over_pages(on_cpu, page, layout, head_dim):
     """The bits of one buffer; a table that names pages outside of the pool, and unused ones, changes nothing."""
     lengths = (1100, 70, 0, 513)
-    q, k, v, used = caches(lengths, 6, 2, capacity=1280)
+    q, k, v, used = caches(lengths, 6, 2, head_dim=head_dim, capacity=1280)
     decode = functools.partial(on_cpu.decode_attention.decode_attention, return_lse=True)
     found = decode(q, k, v, used)
     blocks, random = 1280 // page, torch.Generator().manual_seed(page)
     table = torch.randperm(len(lengths) * blocks + 2, generator=random)[: len(lengths) * blocks].int().view(-1, blocks)
-    pools = []
-    for x in (k, v):
-        pool = torch.full((len(lengths) * blocks + 2, page, 2, D), torch.inf, dtype=x.dtype)
-        pool[table.long()] = x.transpose(1, 2).unflatten(1, (blocks, page))
-        pools.append(pool if layout == "NHD" else pool.transpose(1, 2).contiguous())
+    where = {"layout": layout}
+    pools = [paged(x, page, layout, table) for x in (k, v)]
     for b, n in enumerate(lengths):
         table[b, -(-n // page) :] = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)[b % 3]
-    over_pages = decode(q, *pools, used, block_table=table, layout=layout)
-    for name, x, y in zip(("out", "lse"), over_pages, found, strict=True):
-        assert_same_bits(name, x, y)
+    wide = torch.stack([table.T, torch.full_like(table.T, -7)], 1)  # [blocks, 2, B]
+    for same in (table, wide[:, 0].T):
+        over_pages = decode(q, *pools, used, block_table=same, **where)
+        for name, x, y in zip(("out", "lse"), over_pages, found, strict=True):
+            assert_same_bits(name, x, y)
+    one = [x[3:].expand(2, *x.shape[1:]) for x in (table, used)]  # two sequences of the same pages
+    assert_same_bits(
+        "twice", decode(q[3:].expand(2, -1, -1, -1), *pools, one[1], block_table=one[0], **where)[0][1], found[0][3]
+    )
+    assert not decode(q, *pools, used, block_table=table[:, :0], **where)[0].any()
     table[0], used[0] = 2**31 - 1, 2**31 - 1  # what the first sequence gets is undefined
-    for x, y in zip(decode(q, *pools, used, block_table=table, layout=layout), found, strict=True):
+    for x, y in zip(decode(q, *pools, used, block_table=table, **where), found, strict=True):
         assert_same_bits("the others", x[1:], y[1:])
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "width", "why"),
+    [
+        ((4, 16, 2, 64), "NHD", 8, ""),
+        ((4, 2, 16, 64), "HND", 8, ""),
+        ((4, 24, 2, 64), "NHD", 8, "k: expected pages of 16, 32, 64, 128, 256 rows, got 24"),
+        ((4, 2, 1, 64), "HND", 8, "k: expected pages of 16, 32, 64, 128, 256 rows, got 1"),
+        ((4, 256, 2, 64), "NHD", 2**22 + 1, "block_table: expected at most 1073741824 rows of a sequence"),
+        ((4, 16, 1, 64), "NHD", 8, "q: expected at most 16 rows"),
+    ],
+)
+def test_pages_that_decode_attention_leaves_to_others(on_cpu, shape, layout, width, why):
+    q, pool = torch.zeros(1, 18, 1, 64).half(), torch.zeros(shape).half()
+    table = torch.zeros(1, 1, dtype=torch.int32).expand(1, width)
+    found = on_cpu.decode_attention.lacks(q, pool, pool, torch.ones(1).int(), block_table=table, layout=layout)
+    assert found.startswith(why)
+    assert bool(found) == bool(why)
 
 
 @pytest.mark.parametrize("pool", ["layer", "kv_head"])

@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_cuda_on_cpu import compiled, on_cpu  # noqa: F401
 from zipvl_reference.testing import (
     check_compact_kv,
     check_compact_kv_of_layers,
@@ -22,7 +21,7 @@ OPTIONS = {"derandomize": True, "max_examples": 12, "head_dims": (8,), "max_toke
 
 
 @pytest.fixture
-def kernels(on_cpu, monkeypatch):  # noqa: F811
+def kernels(on_cpu, monkeypatch):
     """`compact_kv_` and `compact_paged_kv_` with small blocks, so that there are many tiles."""
     small = on_cpu.compact_kv.moving.Config(threads=32, items=2)
     monkeypatch.setattr(on_cpu.compact_kv, "Config", lambda: small)
@@ -107,7 +106,7 @@ def test_garbage_never_writes_elsewhere(kernels, seed):
     unchanged(partial(kernels[1], **rest), 25, 4, 2, 8)
 
 
-def test_sequences_that_overlap_use_no_more_counters(kernels, on_cpu, monkeypatch):  # noqa: F811
+def test_sequences_that_overlap_use_no_more_counters(kernels, on_cpu, monkeypatch):
     """Counters are as many as sequences one after the other need; what lies behind them stays as it is."""
     given, B, T = [], 30, 100  # 4 tiles
 

@@ -34,17 +34,19 @@ def lacks(
     layout: str = "NHD",
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
+    heads = 1  # dimension of the keys
     if block_table is not None:
-        k, v = heads_first(k, v, layout)
-        if k.shape[2] not in PAGES:
-            return f"k: expected pages of {', '.join(map(str, PAGES))} rows, got {k.shape[2]}"
-        if k.shape[2] * block_table.shape[1] > MAX_TOKENS:
+        heads, rows = (2, 1) if layout == "NHD" else (1, 2)
+        page = k.shape[rows]
+        if page not in PAGES:
+            return f"k: expected pages of {', '.join(map(str, PAGES))} rows, got {page}"
+        if page * block_table.shape[1] > MAX_TOKENS:
             return f"block_table: expected at most {MAX_TOKENS} rows of a sequence, got shape {list(block_table.shape)}"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[3] not in HEAD_DIMS:
         return f"q: expected a head dim of 64 or 128, got shape {list(q.shape)}"
-    if q.shape[1] // k.shape[1] * q.shape[2] > MAX_ROWS:
+    if q.shape[1] // k.shape[heads] * q.shape[2] > MAX_ROWS:
         return f"q: expected at most {MAX_ROWS} rows (heads times M) for each KV head, got shape {list(q.shape)}"
     b, h, m, _ = q.stride()
     if (b | h | m) % 2 or q.data_ptr() % 4:
@@ -71,7 +73,8 @@ def decode_attention(
     """Causal attention, the last query row at the last used row, as `q`; log-sum-exp of the scores, `[B, Hq, M]`."""
     table = None
     if block_table is not None:
-        k, v = heads_first(k, v, layout)
+        if layout == "NHD":
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
         table = block_table.shape[1], *block_table.stride()
     device, q_shape, k_shape, used_stride = q.device, q.shape, k.shape, seqused_k.stride()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -97,11 +100,6 @@ def decode_attention(
     for step in steps:
         common.launch(step, *addresses)
     return out if lse is None else (out, lse)
-
-
-def heads_first(k: Tensor, v: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Pools as `[num_blocks, Hkv, block_size, D]`."""
-    return (k.transpose(1, 2), v.transpose(1, 2)) if layout == "NHD" else (k, v)
 
 
 @lru_cache(maxsize=256)
