@@ -97,6 +97,31 @@ def test_the_speed_table_is_the_record():
         assert line.endswith(others), times
 
 
+def recorded_rows(name, **wanted):
+    rows = json.loads((ROOT / "bench" / "results" / "h200" / name).read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_the_tables_of_whole_models_are_the_records():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    prefills = {}
+    for row in recorded_rows("model_prefill.json", batch="1"):
+        prefills.setdefault((row["model"], row["length"]), {})[row["attention"]] = row
+    assert len(prefills) == 5
+    for (_, N), row in prefills.items():
+        flash, dense, ours = (row[name] for name in ("flash", "cuDNN", "zipvl"))
+        seconds = " | ".join(f"{x['seconds_p50']:.3f}" for x in (flash, dense, ours))
+        peaks = " | ".join(f"{x['peak_bytes'] / 2**30:.1f}" for x in (dense, ours))
+        end = f"| {N:,} | {seconds} | {ours['x_flash']:.2f} | {ours['x_cuDNN']:.2f} | {peaks} |"
+        assert sum(line.endswith(end) for line in lines) == 1, end
+    steps = [row for row in recorded_rows("compiled_decode.json", fused=True) if "failed" not in row]
+    assert len(steps) == 9
+    for row in steps:
+        x_bytes = f" {row['x_bytes']:.2f} |" if row["cache"] == "zipvl" else ""
+        cells = f"| {row['step_ms']['p50']:.2f} |{x_bytes} {row['tokens_per_second']:,.0f} |"
+        assert sum(f"| {row['batch']}" in line and cells in line for line in lines) == 1, cells
+
+
 def test_no_example_is_left_out():
     for document in documents():
         text = (ROOT / document).read_text(encoding="utf-8")
