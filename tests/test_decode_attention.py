@@ -198,6 +198,7 @@ q, k, v, used = tensors()
     [
         (ValueError, r"q: expected at most 16 query rows.*\[2, 4, 17, 8\]", {"q": torch.zeros(2, 4, 17, 8)}),
         (ValueError, r"v: .*shape of k", {"v": v[..., :4]}),
+        (TypeError, "v: expected a torch.Tensor, got NoneType", {"v": None}),
         (TypeError, "seqused_k: .*Tensor.*NoneType", {"seqused_k": None}),
         (TypeError, "seqused_k: .*int32.*int64", {"seqused_k": used.long()}),
         (ValueError, r"seqused_k: .*\[2\] or \[2, 2\].*\[2, 4\]", {"seqused_k": used[:, None].expand(2, 4)}),
@@ -228,6 +229,7 @@ pool_k, pool_v, table = PAGED["k"], PAGED["v"], PAGED["block_table"]
         (ValueError, r"k: .*D = 8.*\[7, 4, 2, 4\]", {"k": pool_k[..., :4], "v": pool_v[..., :4]}),
         (TypeError, "k: .*float16", {"k": pool_k.half(), "v": pool_v.half()}),
         (ValueError, r"v: .*shape of k.*\[6, 4, 2, 8\]", {"v": pool_v[:6]}),
+        (TypeError, "v: expected a torch.Tensor, got NoneType", {"v": None}),
         (TypeError, "block_table: .*Tensor.*list", {"block_table": table.tolist()}),
         (TypeError, "block_table: .*int32.*int64", {"block_table": table.long()}),
         (ValueError, r"block_table: .*\[B, max_blocks\].*\[2, 3\].*\[1, 3\]", {"block_table": table[:1]}),

@@ -155,6 +155,9 @@ def test_catches_a_biased_draw():
         (TypeError, "num_random.*True", {"num_rows": 8, "num_random": True}),
         (ValueError, "at least one probe", {"num_rows": 8, "num_recent": 0, "num_random": 0}),
         (TypeError, "seed.*'a'", {"num_rows": 8, "seed": "a"}),
+        (ValueError, "device: expected .*'foo'", {"num_rows": 8, "device": "foo"}),
+        (TypeError, "device: expected .*float", {"num_rows": 8, "device": 5.5}),
+        (TypeError, "device: expected .*bool", {"num_rows": 8, "device": True}),
     ],
 )
 def test_errors(error, match, arguments):

@@ -49,6 +49,31 @@ def test_contract_triton_over_several_tiles():
     check_score_tokens(fn, device=DEVICE, derandomize=True, max_examples=15)
 
 
+@pytest.mark.parametrize("size", [1.0, 100.0, 3000.0])
+def test_large_scores_that_are_equal_share_alike_in_triton(size):
+    """Their logarithm is not exact: at 3,000 rounding it would change weights more than twofold."""
+    pytest.importorskip("triton")
+    q, rows = torch.full((1, 2, 6, 16), size, device=DEVICE), torch.tensor([5], dtype=torch.int32, device=DEVICE)
+    accumulated, _ = zk.score_tokens(q, q, rows, backend="triton")
+    torch.testing.assert_close(accumulated, torch.full_like(accumulated, 2 / 6), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_a_probe_cannot_tell_is_not_lost(backend, value):
+    """A key that makes a probe's softmax NaN does so for all that it sees, so that selection keeps them."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    q, k, _ = tensors(M=9)
+    k[0, :, 3] = value
+    q, k, rows = q.to(DEVICE), k.to(DEVICE), torch.tensor([2, 6], dtype=torch.int32, device=DEVICE)
+    accumulated, normalized = zk.score_tokens(q, k, rows, backend=backend)
+    assert accumulated[0, 0, :7].isnan().all()
+    assert not accumulated[1].isnan().any()
+    _, counts = zk.select_tokens(accumulated, normalized, tau=0.5)
+    assert counts[0] == 9
+
+
 HOPPER = zk.backends()["cuda"] == "available" and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not HOPPER, reason="needs CuPy and a GPU of compute capability 9.0")
 

@@ -236,6 +236,32 @@ def test_padding_is_never_kept():
     assert select([1, 1], tau=1.0, leftpad_k=2, seqused_k=1, keep_first=1) == []
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("scores", "tau", "wanted"),
+    [
+        ([1e9] * 2, 1.0, 2),
+        ([7e8] * 3, 0.9, 3),
+        ([2.0**30] * 4, 0.975, 2),
+        ([2.0**29] * 5, 1.0, 4),
+        ([1e9, 3.0], 1.0, 2),
+    ],
+    ids=str,
+)
+def test_masses_close_to_what_int64_holds(backend, scores, tau, wanted):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    scores = torch.tensor([[scores]], device=DEVICE)
+    _, counts = zk.select_tokens(scores, scores, tau=tau, **FREE, backend=backend)
+    assert counts.tolist() == [[wanted]]
+
+
+@pytest.mark.parametrize("number", [2**31, 2**63 - 1, 2**70])
+def test_more_forced_columns_than_int64_holds(number):
+    for forced in ({"keep_first": number}, {"keep_recent": number}, {"keep_first": number, "keep_recent": number}):
+        assert select([0.1, 0.2, 0.3], keep_ratio=0.1, **FREE | forced) == [0, 1, 2]
+
+
 def test_masses_saturate():
     assert select([3e38, 3e38, 1.0], tau=0.5, **FREE) == [0]
     assert select([2.0**30, 2.0**30, 2.0**30], tau=1.0, **FREE) == [0, 1]  # 2**63 - 1 is reached by the second

@@ -198,6 +198,7 @@ q, k, v, indices, counts = tensors()
     [
         (ValueError, r"v: .*shape of k.*\[2, 2, 8, 8\]", {"v": v[:, :, 1:]}),
         (TypeError, "v: .*float32.*float16", {"v": v.half()}),
+        (TypeError, "v: expected a torch.Tensor, got NoneType", {"v": None}),
         (ValueError, "v: .*contiguous last dim", {"v": torch.zeros(2, 2, 9, 16)[..., ::2]}),
         (TypeError, "indices: .*int32.*int64", {"indices": indices.long()}),
         (ValueError, r"indices: .*\[2, 9\]", {"indices": indices[:, 0]}),

@@ -124,6 +124,7 @@ q, k, v = tensors()
     [
         (TypeError, "q: .*float64", {"q": q.double()}),
         (ValueError, "v: .*buffer of its own", {"v": k}),
+        (TypeError, "v: expected a torch.Tensor, got NoneType", {"v": None}),
         (ValueError, "k: .*expanded", {"k": k[:1].expand(2, 2, 30, 8)}),
         (ValueError, "tau: .*1.5", {"tau": 1.5}),
         (TypeError, "tau: .*None", {"tau": None}),

@@ -81,7 +81,7 @@ def _reference(operator: str, device_type: str) -> _Function:
 
     @wraps(fn)
     def run(*args: Any, **options: Any) -> Any:
-        if torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             with torch.no_grad(), torch.autocast(device_type, enabled=False):
                 return fn(*args, **options)
         with torch.no_grad():

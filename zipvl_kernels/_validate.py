@@ -103,6 +103,30 @@ def scores(accumulated: Tensor, normalized: Tensor, packed: bool = False) -> Non
         )
 
 
+def tensors(**given: object) -> None:
+    """Each of `given` is one."""
+    for name, x in given.items():
+        _tensor(name, x)
+
+
+def forced(keep_first: int, keep_recent: int) -> tuple[int, int]:
+    """Whole numbers of columns that are not negative; lowered to what int32 holds, which no sequence has."""
+    not_negative(keep_first=keep_first, keep_recent=keep_recent)
+    return min(keep_first, 2**31 - 1), min(keep_recent, 2**31 - 1)
+
+
+def device(x: object) -> torch.device | None:
+    """What `torch.device` takes, or None."""
+    if x is None or isinstance(x, torch.device):
+        return x
+    if isinstance(x, bool) or not isinstance(x, (str, int)):
+        raise TypeError(f"device: expected a torch.device, a string such as 'cuda:0' or None, got {_type(x)}")
+    try:
+        return torch.device(x)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected a torch.device, a string such as 'cuda:0' or None, got {x!r}") from error
+
+
 def ratio(name: str, x: float | None) -> None:
     """A number in (0, 1]."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):

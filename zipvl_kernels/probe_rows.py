@@ -32,16 +32,16 @@ def probe_rows(
         rows that a sequence of that length has, counted from its first, and then -1.
 
     Raises:
-        TypeError: an argument is not a whole number, or `cu_seqlens` not int32.
+        TypeError: an argument is not a whole number, `cu_seqlens` not int32, or `device` no device.
         ValueError: an argument other than `seed` is negative, `num_rows` is more than int32 holds, or no probe is asked
-            for at all; the shape or device of `cu_seqlens`.
+            for at all; the shape or device of `cu_seqlens`; `device` names none.
     """
     _validate.not_negative(num_rows=num_rows)
     if num_rows >= 2**31:
         raise ValueError(f"num_rows: expected less than 2**31, since row numbers are int32, got {num_rows!r}")
     _validate.probes(num_recent, num_random)
     _validate.whole_number("seed", seed)
-    where = torch.device(device) if device else None
+    where = _validate.device(device)
     if cu_seqlens is not None:
         where = _validate_where.sequence_bounds(cu_seqlens, where)
     rows: Tensor = _probe_rows(num_rows, num_recent, num_random, seed, where, cu_seqlens)

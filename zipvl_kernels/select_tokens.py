@@ -59,7 +59,7 @@ def select_tokens(
     padding = {"leftpad_k": leftpad_k, "seqused_k": seqused_k}
     max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, T, accumulated.device, **padding)
     _validate.one_ratio(tau, keep_ratio)
-    _validate.not_negative(keep_first=keep_first, keep_recent=keep_recent)
+    keep_first, keep_recent = _validate.forced(keep_first, keep_recent)
     _validate.per_sequence(accumulated, **padding)
     options = tau, keep_ratio, keep_first, keep_recent, leftpad_k, seqused_k, backend
     selection: tuple[Tensor, Tensor] = _select_tokens(accumulated, normalized, *options, cu_seqlens, max_seqlen)

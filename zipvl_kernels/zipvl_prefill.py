@@ -62,13 +62,14 @@ def zipvl_prefill_(
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available for one of the steps.
     """
     _validate.heads(q=q, k=k, v=v, packed=cu_seqlens is not None)
+    _validate.tensors(v=v)
     places = {"q_start": q_start, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
     max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
     _validate.own_memory(k, v)
     _validate.ratio("tau", tau) if keep_ratio is None else _validate.ratio("keep_ratio", keep_ratio)
     _validate.probes(num_recent, num_random)
     _validate.whole_number("seed", seed)
-    _validate.not_negative(keep_first=keep_first, keep_recent=keep_recent)
+    keep_first, keep_recent = _validate.forced(keep_first, keep_recent)
     _validate.scale(scale)
     _validate.per_sequence(q, **places)
     _validate.pool(pool)

@@ -32,7 +32,7 @@ def decode_attention(
     row = torch.arange(M, device=q.device)[:, None]
     if N and M:
         for b in range(B):  # one sequence at a time: the same bits alone or in a batch
-            used = seqused_k.view(B, -1)[b].view(-1, 1, 1, 1)  # [1 or Hkv, 1, 1, 1]
+            used = seqused_k.view(B, -1)[b].view(-1, 1, 1, 1).clamp(max=N)  # [1 or Hkv, 1, 1, 1]
             at = used - M + row  # the column that each query row stands at, [., 1, M, 1]
             scores = fp32_copy(q[b]).view(Hkv, -1, M, D) @ fp32_copy(k[b]).mT[:, None] * scale
             scores = scores.masked_fill(column > at, -torch.inf)

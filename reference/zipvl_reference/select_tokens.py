@@ -41,7 +41,7 @@ def select_tokens(
     B, _, N = accumulated.shape
     column = torch.arange(N, dtype=torch.int32, device=accumulated.device)
     first = column.new_zeros(B, 1, 1) if leftpad_k is None else leftpad_k.view(B, 1, 1)
-    end = column.new_full((B, 1, 1), N) if seqused_k is None else seqused_k.view(B, 1, 1)
+    end = column.new_full((B, 1, 1), N) if seqused_k is None else seqused_k.view(B, 1, 1).clamp(max=N)
     valid = (column >= first) & (column < end)  # [B, 1, N]
     n = valid.sum(-1)  # int64 [B, 1]
 

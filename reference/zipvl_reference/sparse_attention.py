@@ -54,7 +54,7 @@ def sparse_attention(
             heads, g = slice(h * r, (h + 1) * r), h % G
             T = torch.where(position < counts[b, g], indices[b, g], beyond)  # ascending to its end
             seen = torch.searchsorted(T, at.int(), right=True)  # how many of the set each row sees
-            in_set = T[(seen - 1).clamp(min=0)] == at
+            in_set = (T[(seen - 1).clamp(min=0)] == at) & (at < beyond)
             K, V = k[b, h], v[b, h]
             if not kv_compacted:
                 K, V = K.index_select(0, T.clamp(0, N - 1)), V.index_select(0, T.clamp(0, N - 1))

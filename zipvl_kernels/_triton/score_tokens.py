@@ -2,7 +2,9 @@
 
 The first computes the log-sum-exp of each probe's scores over a split of the columns. The second knows all of them,
 hence weights at once: it walks a span of columns for a few heads, keys as rows of the product so that a column's sum
-stays within a row of threads. The last program of a span to finish adds what the others found, in fixed order.
+stays within a row of threads. The last program of a span to finish adds what the others found, in fixed order. In fp32
+the largest score and the sum of weights relative to it stay apart: rounding of their logarithm, which grows with the
+scores, would be the largest error there.
 With a block table each row of K is looked up in its page, and the arithmetic is the same.
 """
 
@@ -121,7 +123,8 @@ def launch(
         spans = min(column_shares, common.pieces(N, block_n))
 
     partial = accumulated if parts == 1 else torch.empty((*scores, parts), dtype=torch.float32, device=q.device)
-    lse = torch.empty((B, Hq, splits, P), dtype=torch.float32, device=q.device)
+    exact = q.dtype == torch.float32
+    found = torch.empty((1 + exact, B, Hq, splits, P), dtype=torch.float32, device=q.device)
     arrived = torch.empty((B, G, spans), dtype=torch.int32, device=q.device)
     rows_b = 0 if probe_rows.dim() == 1 else probe_rows.stride(0)
     tensors = (
@@ -133,7 +136,7 @@ def launch(
         dense(seqused_k),
         dense(cu_seqlens),
         block_table,
-        lse,
+        found,
         arrived,
     )
     numbers = (
@@ -159,18 +162,26 @@ def launch(
         "MAX_SPLITS": MAX_SPLITS,
         "SHORT": SHORT,
         "FEW": FEW,
+        "EXACT": exact,
         "UPCAST": interpreting(),
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
     grid = B * Hq * blocks * splits
     counters = common.power_of_2(common.pieces(arrived.numel(), grid))
-    common.launch(_row_sums, (grid,), tensors, (*numbers, split, splits, arrived.numel()), COUNTERS=counters, **shape)
+    common.launch(
+        _row_sums,
+        (grid,),
+        tensors,
+        (*numbers, split, splits, arrived.numel(), found[0].numel()),
+        COUNTERS=counters,
+        **shape,
+    )
     common.launch(
         _column_sums,
         (B * G * parts * spans,),
         (*tensors, partial, accumulated, normalized),
-        (*numbers, splits, span, spans, 0 if cu_seqlens is not None else G * N, G, part, parts),
+        (*numbers, splits, span, spans, 0 if cu_seqlens is not None else G * N, found[0].numel(), G, part, parts),
         SPLITS=common.power_of_2(splits),
         **shape,
     )
@@ -236,7 +247,7 @@ def _row_sums(  # type: ignore[no-untyped-def]
     seqused_k,  # [B] or None
     cu_seqlens,  # [B + 1] or None: q, k and scores are of all sequences
     block_table,  # [B, N / PAGE] or None
-    lse,  # [B, Hq, splits, P], written: log2 of the sum of exp2 of a probe's scores over a split
+    found,  # [B, Hq, splits, P], written: log2 of the sum of exp2 of a probe's scores over a split; EXACT: [2, ...]
     arrived,  # [B, G, spans], cleared for the next launch
     q_b,
     q_h,
@@ -259,6 +270,7 @@ def _row_sums(  # type: ignore[no-untyped-def]
     split,  # columns; of packed sequences, programs of one
     splits,  # at most
     all_arrived,  # elements of `arrived`
+    all_found,  # elements of a half of `found`
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -268,6 +280,7 @@ def _row_sums(  # type: ignore[no-untyped-def]
     MAX_SPLITS: tl.constexpr,
     SHORT: tl.constexpr,
     FEW: tl.constexpr,
+    EXACT: tl.constexpr,  # largest and sum in place of their logarithm
     UPCAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -318,8 +331,12 @@ def _row_sums(  # type: ignore[no-untyped-def]
         above = tl.maximum(largest, tl.max(scores, 1) * scale)
         total = total * tl.exp2(largest - above) + tl.sum(tl.exp2(scores * scale - above[:, None]), 1)
         largest = above
-    result = tl.where(total > 0, largest + tl.log2(total), -float("inf"))
-    tl.store(lse + ((b * Hq + h) * splits + s) * P + p, result, mask=p < P)
+    result = found + ((b * Hq + h) * splits + s) * P + p
+    if EXACT:
+        tl.store(result, largest, mask=p < P)
+        tl.store(result + all_found, total, mask=p < P)
+    else:
+        tl.store(result, tl.where(total == 0, -float("inf"), largest + tl.log2(total)), mask=p < P)  # NaN stays NaN
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -332,7 +349,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     seqused_k,  # [B] or None
     cu_seqlens,  # [B + 1] or None: q, k and scores are of all sequences
     block_table,  # [B, N / PAGE] or None
-    lse,  # [B, Hq, splits, P]
+    found,  # [B, Hq, splits, P] or [2, B, Hq, splits, P]
     arrived,  # [B, G, spans], programs of a span that are done
     partial,  # [B, G, parts, N]
     accumulated,  # [B, G, N]
@@ -359,6 +376,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     span,  # columns; of packed sequences, programs of one
     spans,  # at most
     scores_b,
+    all_found,
     G,
     part,  # heads of a program
     parts,
@@ -371,6 +389,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     MAX_SPLITS: tl.constexpr,
     SHORT: tl.constexpr,
     FEW: tl.constexpr,
+    EXACT: tl.constexpr,  # largest and sum in place of their logarithm
     UPCAST: tl.constexpr,
 ):
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: what the first launch read last is still in L2
@@ -415,11 +434,17 @@ def _column_sums(  # type: ignore[no-untyped-def]
         row, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
         Q = tl.trans(_queries(q + h * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST))  # [D, P]
         s = tl.arange(0, SPLITS)[:, None]
-        part_at = lse + ((b * Hq + h) * splits + s) * P + p  # [S, P]
-        parts_lse = tl.load(part_at, mask=(s < splits) & (p < P), other=-float("inf"))
-        largest = tl.maximum(tl.max(parts_lse, 0), -3.0e38)  # [P]
-        total = tl.sum(tl.exp2(parts_lse - largest), 0)
-        whole = tl.where(total > 0, largest + tl.log2(total), float("inf"))  # [P], makes weights of 0 where none is
+        of_split = found + ((b * Hq + h) * splits + s) * P + p  # [S, P]
+        there = (s < splits) & (p < P)
+        tops = tl.load(of_split, mask=there, other=-float("inf"))
+        largest = tl.maximum(tl.max(tops, 0), -3.0e38)  # [P]
+        shares = tl.exp2(tops - largest)
+        if EXACT:
+            shares *= tl.load(of_split + all_found, mask=there, other=0)
+        total = tl.sum(shares, 0)
+        # A probe that sees no column has a total of 0, and its weights are replaced by 0.
+        if not EXACT:
+            largest += tl.where(total == 0, float("inf"), tl.log2(total))
         k_h_at = k + h // shared * k_h
         for j in range(begin, end, BLOCK_N):
             column = j + n  # [N]
@@ -432,7 +457,9 @@ def _column_sums(  # type: ignore[no-untyped-def]
             if UPCAST:
                 K = K.to(tl.float32)
             scores = tl.dot(K, Q, input_precision="ieee")  # [N, P]
-            weights = tl.exp2(scores * tl.abs(scale) - whole)
+            weights = tl.exp2(scores * tl.abs(scale) - largest)
+            if EXACT:
+                weights /= total
             weights = tl.where(column[:, None] <= at, weights, 0)
             before = tl.load(mine + column, mask=(column < end) & (item > 0), other=0)
             tl.store(mine + column, before + tl.sum(weights, 1), mask=column < end)
@@ -446,8 +473,8 @@ def _column_sums(  # type: ignore[no-untyped-def]
             inside = (column >= begin) & (column < end)
             total = tl.zeros([BLOCK_N], tl.float32)
             for i in range(parts):
-                found = partial + (g * parts + i).to(tl.int64) * T + column
-                total += tl.load(found, mask=inside, other=0, cache_modifier=".cg")
+                one = partial + (g * parts + i).to(tl.int64) * T + column
+                total += tl.load(one, mask=inside, other=0, cache_modifier=".cg")
             seen = tl.zeros([BLOCK_N], tl.int32)  # [N], how many probes see a column
             for block in range(blocks):
                 p = block * BLOCK_P + tl.arange(0, BLOCK_P)

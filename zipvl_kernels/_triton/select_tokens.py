@@ -169,7 +169,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             mass = _masses(accumulated, (begin + wide) * a_n, (j >= first) & (j < end))
             above += tl.sum(tl.where(mass > threshold, mass, 0), 0)  # below `need`: no overflow
             more += tl.sum((mass > threshold).to(tl.int64), 0)
-        copies = (need - above + threshold - 1) // tl.maximum(threshold, 1)
+        copies = (need - above - 1) // tl.maximum(threshold, 1) + 1  # `need` and `threshold` may be close to 2**63
         p = tl.sum(tl.where(total > 0, more + copies, n), 0).to(tl.int32)
     p = tl.minimum(tl.maximum(p, tl.maximum(keep_first + keep_recent, 1)), n)
 
