@@ -45,7 +45,8 @@ def compiled_logits(model):
 
 
 def close(x, y):
-    torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+    """Logits of the size of 1, after products of other shapes: fp32 can tell no more."""
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
 def lies_together(model):
