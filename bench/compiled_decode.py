@@ -255,12 +255,11 @@ def measure_model(name: str, how: argparse.Namespace, record: Record) -> bool:
         print(f"{name:16} compiled logits are right: {errors}", flush=True)
     release()
     model = build(name, how.layers)
+    kinds = [x for x in CACHES if not how.cache or x in how.cache]  # ours last, to be compared with the others
     succeeded = True
     with projections(model, how):
         for asked in batches:
-            for kind in [
-                x for x in CACHES if not how.cache or x in how.cache
-            ]:  # ours last, to be compared with the others
+            for kind in kinds:
                 case = Case(name, kind, 0, how.context)
                 batch = largest(model, case, partial(eager_step, model), how.seconds) if asked == "max" else int(asked)
                 row = row_of(model, replace(case, batch=batch), how, asked) | {"logit_errors": errors}

@@ -248,6 +248,7 @@ k, v, indices, counts, table, used = GOOD.values()
         (ValueError, r"k_cache: .*at least one block.*\[0, 4, 2, 4\]", {"k_cache": k[:0]}),
         (ValueError, r"v_cache: .*shape of k_cache.*\[6, 4, 2, 4\]", {"v_cache": v[1:]}),
         (ValueError, "v_cache: .*buffer of its own.*k_cache", {"v_cache": k}),
+        (TypeError, "v_cache: expected a .*Tensor.*NoneType", {"v_cache": None}),
         (ValueError, "v_cache: .*expanded", {"v_cache": v[:1].expand(7, 4, 2, 4)}),
         (TypeError, "indices: .*int32.*int64", {"indices": indices.long()}),
         (ValueError, r"indices: .*\[2, 1, 9\] or \[2, 2, 9\].*\[2, 3, 9\]", {"indices": indices.repeat(1, 3, 1)}),

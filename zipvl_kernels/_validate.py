@@ -1,6 +1,7 @@
 """Checks of arguments: each raises TypeError or ValueError that names the argument, what was expected and what came."""
 
 import math
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -9,10 +10,11 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DECODE_ROWS = 16
 
 
-def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None, packed: bool | None = None) -> None:
+def heads(*, q: Tensor, k: Tensor, v: Tensor | EllipsisType = ..., packed: bool | None = None) -> None:
     """`q [B, Hq, M, D]` with `k, v [B, Hkv, N, D]`: one dtype and device, `Hq % Hkv == 0`, last dim contiguous.
 
-    With `packed`, `q [T, Hq, D]` and `k, v [T, Hkv, D]`; `packed` is None for an operator that has no such form.
+    With `packed`, `q [T, Hq, D]` and `k, v [T, Hkv, D]`; `packed` is None for an operator that has no such form, and
+    `v` is left out for one that has none.
     """
     rows = _FORMS[packed]
     q_shape, k_shape = _heads("q", q, "q", q, rows), _heads("k", k, "q", q, rows)
@@ -24,7 +26,7 @@ def heads(*, q: Tensor, k: Tensor, v: Tensor | None = None, packed: bool | None 
     Hq, Hkv = q_shape[1], k_shape[1]
     if Hq % Hkv:
         raise ValueError(f"k: expected a number of heads that divides the {Hq} heads of q, got {Hkv} ({_shape(k)})")
-    if v is not None:
+    if not isinstance(v, EllipsisType):
         _same_as_k(v, k, wanted=rows)
 
 
@@ -101,12 +103,6 @@ def scores(accumulated: Tensor, normalized: Tensor, packed: bool = False) -> Non
         raise ValueError(
             f"normalized: expected a tensor on {accumulated.device} like accumulated, got {normalized.device}"
         )
-
-
-def tensors(**given: object) -> None:
-    """Each of `given` is one."""
-    for name, x in given.items():
-        _tensor(name, x)
 
 
 def forced(keep_first: int, keep_recent: int) -> tuple[int, int]:

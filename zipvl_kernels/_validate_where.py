@@ -1,6 +1,7 @@
 """Checks of arguments that say where rows are: packed sequences, pages of a pool, lists of layers; see `_validate`."""
 
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ def layout(x: str) -> None:
         raise ValueError(f"layout: expected 'NHD' or 'HND', got {x!r}")
 
 
-def pools(k: Tensor, v: Tensor | None, layout: str, *, q: Tensor | None = None, suffix: str = "") -> int:
-    """Pools of pages, arguments `k` and `v` with `suffix`, that fit `q [B, Hq, M, D]` if given; returns `Hkv`."""
+def pools(k: Tensor, v: Tensor | EllipsisType, layout: str, *, q: Tensor | None = None, suffix: str = "") -> int:
+    """Pools of pages, arguments `k` and, if not `...`, `v` with `suffix`, that fit `q [B, Hq, M, D]`; returns `Hkv`."""
     name, shape = f"k{suffix}", LAYOUTS[layout]
     if q is None:
         _heads(name, k, name, k, shape)
@@ -65,7 +66,7 @@ def pools(k: Tensor, v: Tensor | None, layout: str, *, q: Tensor | None = None, 
         _heads(name, k, "q", q, shape)
     if 0 in k.shape:
         raise ValueError(f"{name}: expected {shape} of at least one block, row and head, got shape {_shape(k)}")
-    if v is not None:
+    if not isinstance(v, EllipsisType):
         _same_as_k(v, k, suffix, shape)
     Hkv = k.shape[2 if layout == "NHD" else 1]
     if q is not None and (k.shape[3] != q.shape[3] or q.shape[1] % Hkv):
@@ -93,7 +94,7 @@ def paged(
     layout: str,
     *,
     k: Tensor,
-    v: Tensor | None = None,
+    v: Tensor | EllipsisType = ...,
 ) -> int:
     """Pools `k, v` in `layout` that fit `q [B, Hq, M, D]`, with a block table and used lengths; returns `Hkv`."""
     if cu_seqlens is not None:

@@ -79,7 +79,6 @@ def decode_attention(
     else:
         Hkv = _validate_where.pools(k, v, layout, q=q)
         _validate_where.block_table(block_table, q.device, q.shape[0])
-    _validate.tensors(v=v)
     _validate.decode_rows(q)
     B = q.shape[0]
     _validate.int32("seqused_k", seqused_k, q.device, (B,), (B, Hkv), meaning="[B] or [B, Hkv]")

@@ -59,7 +59,6 @@ def sparse_attention(
         _validate.heads(q=q, k=k, v=v, packed=cu_seqlens is not None)
     else:
         Hkv = _validate_where.paged(q, block_table, seqused_k, cu_seqlens, layout, k=k, v=v)
-    _validate.tensors(v=v)
     max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, q_start=q_start)
     if cu_seqlens is not None:
         _validate_where.packed_selection(indices, counts, k, cu_seqlens)

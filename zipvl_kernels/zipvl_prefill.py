@@ -62,7 +62,6 @@ def zipvl_prefill_(
         TypeError, ValueError: a bad argument. RuntimeError: `backend` is not available for one of the steps.
     """
     _validate.heads(q=q, k=k, v=v, packed=cu_seqlens is not None)
-    _validate.tensors(v=v)
     places = {"q_start": q_start, "leftpad_k": leftpad_k, "seqused_k": seqused_k}
     max_seqlen = _validate_where.sequences(cu_seqlens, max_seqlen, q.shape[0], q.device, **places)
     _validate.own_memory(k, v)

@@ -125,6 +125,7 @@ def launch(
     partial = accumulated if parts == 1 else torch.empty((*scores, parts), dtype=torch.float32, device=q.device)
     exact = q.dtype == torch.float32
     found = torch.empty((1 + exact, B, Hq, splits, P), dtype=torch.float32, device=q.device)
+    half = B * Hq * splits * P  # of `found`, where it has two
     arrived = torch.empty((B, G, spans), dtype=torch.int32, device=q.device)
     rows_b = 0 if probe_rows.dim() == 1 else probe_rows.stride(0)
     tensors = (
@@ -173,7 +174,7 @@ def launch(
         _row_sums,
         (grid,),
         tensors,
-        (*numbers, split, splits, arrived.numel(), found[0].numel()),
+        (*numbers, split, splits, arrived.numel(), half),
         COUNTERS=counters,
         **shape,
     )
@@ -181,7 +182,7 @@ def launch(
         _column_sums,
         (B * G * parts * spans,),
         (*tensors, partial, accumulated, normalized),
-        (*numbers, splits, span, spans, 0 if cu_seqlens is not None else G * N, found[0].numel(), G, part, parts),
+        (*numbers, splits, span, spans, 0 if cu_seqlens is not None else G * N, half, G, part, parts),
         SPLITS=common.power_of_2(splits),
         **shape,
     )
