@@ -22,6 +22,7 @@ from zipvl_kernels._triton.pages import in_pool, stages
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 32  # of the columns, in the first launch
 MAX_PARTS = 10  # of a group's heads, in the second launch: each takes 4 bytes a column
+TOGETHER = tl.constexpr(8)  # splits whose sums are read at a time
 SHORT, FEW = 8192, 264  # so many programs at most for a sequence of so many columns
 
 
@@ -183,7 +184,6 @@ def launch(
         (B * G * parts * spans,),
         (*tensors, partial, accumulated, normalized),
         (*numbers, splits, span, spans, 0 if cu_seqlens is not None else G * N, half, G, part, parts),
-        SPLITS=common.power_of_2(splits),
         **shape,
     )
     return accumulated, normalized
@@ -381,7 +381,6 @@ def _column_sums(  # type: ignore[no-untyped-def]
     G,
     part,  # heads of a program
     parts,
-    SPLITS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -434,15 +433,24 @@ def _column_sums(  # type: ignore[no-untyped-def]
         p = item % blocks * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
         row, at, _ = _probes(rows, q_start, leftpad_k, seqused_k, b, p, rows_b, rows_p, M, N, P, PAGE)
         Q = tl.trans(_queries(q + h * q_h, row, at, q_m, scale, D, BLOCK_D, UPCAST))  # [D, P]
-        s = tl.arange(0, SPLITS)[:, None]
-        of_split = found + ((b * Hq + h) * splits + s) * P + p  # [S, P]
-        there = (s < splits) & (p < P)
-        tops = tl.load(of_split, mask=there, other=-float("inf"))
-        largest = tl.maximum(tl.max(tops, 0), -3.0e38)  # [P]
-        shares = tl.exp2(tops - largest)
-        if EXACT:
-            shares *= tl.load(of_split + all_found, mask=there, other=0)
-        total = tl.sum(shares, 0)
+        # One split after the other: how a sum over a tile is associated depends on the size of the tile, and bits must
+        # not depend on how many splits there may be. Some at a time, so that their loads are in flight together.
+        of_head = found + (b * Hq + h) * splits * P
+        largest = tl.full([BLOCK_P], -3.0e38, tl.float32)  # [P]
+        for some in range(0, splits, TOGETHER):
+            for s in tl.static_range(TOGETHER):
+                at_split = (some + s) * P + p  # [P]
+                there = (p < P) & (at_split < splits * P)
+                largest = tl.maximum(largest, tl.load(of_head + at_split, mask=there, other=-float("inf")))
+        total = tl.zeros([BLOCK_P], tl.float32)  # [P]
+        for some in range(0, splits, TOGETHER):
+            for s in tl.static_range(TOGETHER):
+                at_split = (some + s) * P + p
+                there = (p < P) & (at_split < splits * P)
+                share = tl.exp2(tl.load(of_head + at_split, mask=there, other=-float("inf")) - largest)
+                if EXACT:
+                    share *= tl.load(of_head + all_found + at_split, mask=there, other=0)
+                total += share
         # A probe that sees no column has a total of 0, and its weights are replaced by 0.
         if not EXACT:
             largest += tl.where(total == 0, float("inf"), tl.log2(total))
