@@ -61,30 +61,26 @@ def score_tokens(
     heads, _ = zk.score_tokens(q, k, probe_rows, scale=scale, pool="kv_head", **where)  # [B, Hkv, N]
     while heads.shape[1] % 2 == 0:
         heads = add_neighbours(heads)
-    heads, ranks = heads.contiguous(), dist.get_world_size(group)
-    of_rank = [torch.empty_like(heads) for _ in range(ranks)]
-    dist.all_gather(of_rank, heads, group=group)
-    accumulated = sum_heads(torch.cat(of_rank, 1))  # [B, N]
-    seen = _probes_that_see(probe_rows, q.shape[2], k.shape[2], **where)
-    normalized = torch.where(seen > 0, accumulated / (q.shape[1] * ranks * seen), 0)
-    return accumulated[:, None], normalized[:, None]
+    ranks = dist.get_world_size(group)
+    of_ranks = heads.new_empty(ranks * heads.shape[0], *heads.shape[1:])
+    dist.all_gather_into_tensor(of_ranks, heads.contiguous(), group=group)
+    accumulated = sum_heads(of_ranks.view(ranks, *heads.shape).transpose(0, 1).flatten(1, 2))  # [B, N]
+    # Nothing is accumulated where no probe sees a column, nor where one is invalid.
+    seen = _probes_at_or_after(probe_rows, q.shape[2], k.shape[2], q_start, seqused_k).clamp(min=1)
+    return accumulated[:, None], (accumulated / (seen * (q.shape[1] * ranks)))[:, None]
 
 
-def _probes_that_see(
-    rows: Tensor, M: int, N: int, q_start: Tensor | None, leftpad_k: Tensor | None, seqused_k: Tensor | None
-) -> Tensor:
-    """How many valid probes stand at each valid column or after it, int64 `[B or 1, N]`."""
-    column = torch.arange(N, dtype=torch.int32, device=rows.device)[None]
-    at = (rows + (N - M if q_start is None else q_start[:, None])).view(-1, rows.shape[0])  # ascending
-    first, end = (
-        column.new_full((1, 1), default) if given is None else given[:, None]
-        for given, default in ((leftpad_k, 0), (seqused_k, N))
-    )
-    B = max(at.shape[0], first.shape[0], end.shape[0])
-    at = at.expand(B, -1).contiguous()
-    before_end = torch.searchsorted(at, end.expand(B, 1).contiguous())
-    seen = before_end - torch.searchsorted(at, column.expand(B, N).contiguous())
-    return torch.where((column >= first) & (column < end), seen, 0)
+def _probes_at_or_after(rows: Tensor, M: int, N: int, q_start: Tensor | None, seqused_k: Tensor | None) -> Tensor:
+    """How many probes stand at each column or after it and before the end, int64 `[N]` or `[B, N]`."""
+    if q_start is None:
+        start: Tensor | int = N - M
+        row = torch.arange(M - N, M, dtype=rows.dtype, device=rows.device)  # that stands at each column
+    else:
+        start = q_start[:, None]
+        row = torch.arange(N, dtype=rows.dtype, device=rows.device) - start
+    end = (N if seqused_k is None else seqused_k[:, None].clamp(max=N)) - start
+    before_end = torch.searchsorted(rows, end) if isinstance(end, Tensor) else rows.shape[0]
+    return before_end - torch.searchsorted(rows, row)
 
 
 def check_heads(decoder: nn.Module, text: PreTrainedConfig) -> None:

@@ -75,9 +75,10 @@ def add_neighbours(x: Tensor) -> Tensor:
 
     Ranks with an even number of heads each may do this before they exchange them: no pair lies across two ranks.
     """
-    paired = x.shape[-2] // 2 * 2
-    sums = x[..., 0:paired:2, :] + x[..., 1:paired:2, :]
-    return torch.cat([sums, x[..., paired:, :]], -2) if paired < x.shape[-2] else sums
+    *batch, H, N = x.shape
+    if H % 2:
+        return torch.cat([add_neighbours(x[..., :-1, :]), x[..., -1:, :]], -2)
+    return x.reshape(*batch, H // 2, 2, N).sum(-2)
 
 
 def _column_sums(
