@@ -76,6 +76,7 @@ static void pass_turn(int barrier) {
 
 static void publish_to_async_proxy() {}
 static void barriers_ready() {}
+static void prefetch_map(const TensorMap&) {}
 static void copy_16_async(u32 to, const void* from, int bytes) { memset(raw + to, 0, 16), memcpy(raw + to, from, bytes); }
 static void wait_for_copies() {}
 static void store_4(u32 to, u32 x) { memcpy(raw + to, &x, 4); }

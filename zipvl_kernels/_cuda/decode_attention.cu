@@ -22,6 +22,7 @@ constexpr int STEPS = D / 16;
 constexpr u32 KEYS_BAND = KEYS * 128, KEYS_BYTES = BANDS * KEYS_BAND;  // of a tile of K or of V
 constexpr u32 RING_BYTES = STAGES * 2 * KEYS_BYTES;
 constexpr int GROUPS = 4;  // of the threads of `merge_splits`, which share the splits
+constexpr int AHEAD = 8;  // splits that a thread reads at a time
 constexpr float LOWEST = -3e38f;  // stands for a maximum over nothing
 static_assert(SPLIT % KEYS == 0);
 static_assert(PAGE == 0 || (PAGE & PAGE - 1) == 0 && BOX >= 8 && SPLIT % PAGE == 0 && SPLIT / PAGE <= 32);
@@ -88,21 +89,24 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) attend_splits(cons
             barrier_init(sh.empty[i], WARPS);
         }
         barriers_ready();
+    } else if (thread == WORKERS) {
+        prefetch_map(p.k), prefetch_map(p.v);
     }
     __syncthreads();
     after_previous_kernel();
     next_kernel_may_start();
 
     int split = blockIdx.x % p.splits, kv = blockIdx.x / p.splits % p.Hkv, b = blockIdx.x / p.splits / p.Hkv;
-    int used = used_rows(p, b, kv), begin = split * SPLIT, end = min(begin + SPLIT, used);
+    int begin = split * SPLIT, page = b;
+#if PAGE
+    if (warp == WARPS && lane * PAGE < min(SPLIT, p.N - begin))  // before it is known which are in use
+        page = p.table[b * p.table_b + (begin / PAGE + lane) * p.table_n];
+    page = min(max(page, 0), p.num_blocks - 1);
+#endif
+    int used = used_rows(p, b, kv), end = min(begin + SPLIT, used);
     if (begin >= end) return;
     int tiles = (end - begin + KEYS - 1) / KEYS;
     if (warp == WARPS) {
-        int page = b;
-#if PAGE
-        if (begin + lane * PAGE < end && lane * PAGE < SPLIT)
-            page = min(max(p.table[b * p.table_b + (begin / PAGE + lane) * p.table_n], 0), p.num_blocks - 1);
-#endif
         for (int i = 0; i < tiles; ++i) {
             int stage = i % STAGES, at = i * KEYS + lane * BOX;  // in the split
             int boxes = (min(KEYS, end - begin - i * KEYS) + BOX - 1) / BOX;  // with rows in use
@@ -226,13 +230,27 @@ extern "C" __global__ void __launch_bounds__(WORKERS + 32, 2) attend_splits(cons
 // One row of the result a block. The splits are shared by GROUPS of threads, each in order, and their sums added in order.
 extern "C" __global__ void __launch_bounds__(GROUPS* D) merge_splits(const __grid_constant__ Params p) {
     __shared__ float values[GROUPS][D], sums[GROUPS], largest[GROUPS * D / 32];
+    int r = blockIdx.x % p.rows, kv = blockIdx.x / p.rows % p.Hkv, b = blockIdx.x / p.rows / p.Hkv;
+    int splits = (used_rows(p, b, kv) + SPLIT - 1) / SPLIT;  // lengths are older than `attend_splits`
     after_previous_kernel();
     next_kernel_may_start();
-    int r = blockIdx.x % p.rows, kv = blockIdx.x / p.rows % p.Hkv, b = blockIdx.x / p.rows / p.Hkv;
-    int splits = (used_rows(p, b, kv) + SPLIT - 1) / SPLIT, group = threadIdx.x / D, d = threadIdx.x % D;
+    int group = threadIdx.x / D, d = threadIdx.x % D;
     i64 slot = (i64)(b * p.Hkv + kv) * p.splits;
     const float* tops = p.found + 2 * slot * p.rows + r;
     const float* partial = p.partial + (slot * p.rows + r) * D + d;
+
+    // Asked for before the largest score is known.
+    float top[AHEAD], sum_of[AHEAD], value_of[AHEAD];
+    auto ask = [&](int first) {
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) {
+            int i = first + j * GROUPS;
+            top[j] = i < splits ? tops[i * p.rows] : LOWEST;
+            sum_of[j] = i < splits ? tops[(p.splits + i) * p.rows] : 0;
+            value_of[j] = i < splits ? partial[(i64)i * p.rows * D] : 0;
+        }
+    };
+    ask(group);
 
     // Every thread needs the largest score of all splits, and would wait for each if it looked at all of them itself.
     float above = LOWEST, total = 0, value = 0;
@@ -243,11 +261,14 @@ extern "C" __global__ void __launch_bounds__(GROUPS* D) merge_splits(const __gri
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < GROUPS * D / 32; ++i) above = fmaxf(above, largest[i]);
-#pragma unroll 16
-    for (int i = group; i < splits; i += GROUPS) {
-        float weight = exp2_fast(tops[i * p.rows] - above);
-        total = fmaf(tops[(p.splits + i) * p.rows], weight, total);
-        value = fmaf(partial[(i64)i * p.rows * D], weight, value);
+    for (int first = group; first < splits; first += AHEAD * GROUPS) {
+        if (first > group) ask(first);
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) {
+            float weight = exp2_fast(top[j] - above);
+            total = fmaf(sum_of[j], weight, total);
+            value = fmaf(value_of[j], weight, value);
+        }
     }
     values[group][d] = value;
     if (d == 0) sums[group] = total;

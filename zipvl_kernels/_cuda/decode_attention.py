@@ -9,16 +9,15 @@ from cupy.cuda.function import Function
 from torch import Tensor
 
 from zipvl_kernels._cuda import common
+from zipvl_kernels._cuda.pages import lacks as no_pages
 from zipvl_kernels._cuda.tensor_map import lacks as no_copies
 from zipvl_kernels._cuda.tensor_map import tensor_map
 
 SPLIT = 512  # rows of the cache
 KEYS = 64  # rows of a tile
 MAX_ROWS = 16  # that share a KV head
-MAX_TOKENS = 2**30  # of a sequence: a table may have room for any number
 THREADS, GROUPS = 160, 4  # of the first launch; of the second, each as many as the head dim
 HEAD_DIMS = (64, 128)
-PAGES = (16, 32, 64, 128, 256)  # rows
 _ADDRESSES, _NUMBERS = struct.Struct("=128s128s7Q"), struct.Struct("=7q6if52x")
 
 
@@ -36,12 +35,9 @@ def lacks(
     """What keeps this kernel from these arguments, "" where nothing does."""
     heads = 1  # dimension of the keys
     if block_table is not None:
-        heads, rows = (2, 1) if layout == "NHD" else (1, 2)
-        page = k.shape[rows]
-        if page not in PAGES:
-            return f"k: expected pages of {', '.join(map(str, PAGES))} rows, got {page}"
-        if page * block_table.shape[1] > MAX_TOKENS:
-            return f"block_table: expected at most {MAX_TOKENS} rows of a sequence, got shape {list(block_table.shape)}"
+        heads = 2 if layout == "NHD" else 1
+        if why := no_pages(k, block_table, layout):
+            return why
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[3] not in HEAD_DIMS:

@@ -105,6 +105,11 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+// A map's first use would wait for it.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // The rows of one of the map's boxes, each band of them in so many bytes; `full` has to expect them.
 template <u32 BYTES>
 __device__ __forceinline__ void load_bands(u32 to, const TensorMap& map, u64& full, int row, int head, int b) {
