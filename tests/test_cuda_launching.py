@@ -229,6 +229,62 @@ def test_a_plan_says_what_it_lacks(cuda, changed, why):
     assert not cuda.launched
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize(("page", "width"), [(16, 180), (256, 12)])
+def test_scores_over_pages_are_launched_as_over_one_buffer(cuda, page, width, layout):
+    """Of as many rows as the table has room for; what differs is where the rows are."""
+    N = page * width
+    q, k, _ = qkv(2, 28, 4, 700, N, 128)
+    pool = (
+        torch.zeros(9, page, 4, 128, dtype=q.dtype) if layout == "NHD" else torch.zeros(9, 4, page, 128, dtype=q.dtype)
+    )
+    table, used, rows = torch.zeros(2, 2 * width).int()[:, ::2], torch.full((2,), N).int(), torch.arange(128).int()
+    paged = {"seqused_k": used, "block_table": table, "layout": layout}
+    assert cuda.score_tokens.lacks(q, pool, rows, **paged) == ""
+    scores = cuda.score_tokens.score_tokens(q, pool, rows, **paged)
+    assert [x.shape for x in scores] == [(2, 1, N)] * 2
+    found, pages = parameters_of_scores(cuda)
+    cuda.score_tokens.score_tokens(q, k, rows, seqused_k=used)
+    wanted, none = parameters_of_scores(cuda)
+    assert found == wanted
+    assert pages == [(table.data_ptr(), 2 * width, 2, 9)] * 2
+    assert none == [(0, 0, 0, 2)] * 2
+
+
+def parameters_of_scores(cuda):
+    """Of both launches: grids, and parameters but for where K and the scratch are; and those of pages."""
+    numbers, pages, module = [], [], cuda.score_tokens
+    for kernel, config, parameters in cuda.launched:
+        *_, table = module._ADDRESSES.unpack_from(parameters)
+        shares, *rest, num_blocks = module._NUMBERS.unpack_from(parameters, module._ADDRESSES.size)
+        numbers.append((kernel, config, shares, rest[:5], rest[7:]))
+        pages.append((table, *rest[5:7], num_blocks))
+    cuda.launched.clear()
+    return numbers, pages
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"page": 24}, "k: expected pages of 16, 32, 64, 128, 256 rows, got 24"),
+        ({"page": 512}, "k: expected pages of 16, 32, 64, 128, 256 rows, got 512"),
+        ({"width": 2**26 + 1}, "block_table: expected at most 1073741824 rows of a sequence"),
+        ({"leftpad_k": torch.zeros(1).int()}, "leftpad_k: expected None with a block_table"),
+        ({"dtype": torch.float32}, "q: expected float16 or bfloat16"),
+        ({}, ""),
+    ],
+    ids=str,
+)
+def test_scores_over_pages_say_what_they_lack(cuda, changed, why):
+    given = {"page": 16, "width": 3, "dtype": torch.bfloat16, "leftpad_k": None} | changed
+    q, pool = torch.zeros(1, 2, 9, 64, dtype=given["dtype"]), torch.zeros(4, given["page"], 2, 64, dtype=given["dtype"])
+    table, used = torch.zeros(1, 1).int().expand(1, given["width"]), torch.ones(1).int()
+    where = {"leftpad_k": given["leftpad_k"], "seqused_k": used, "block_table": table}
+    found = cuda.score_tokens.lacks(q, pool, torch.arange(9).int(), **where)
+    assert found.startswith(why)
+    assert bool(found) == bool(why)
+
+
 def test_what_a_kernel_lacks_is_asked_once():
     asked = []
 

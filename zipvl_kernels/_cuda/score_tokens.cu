@@ -12,7 +12,8 @@
 // Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16, and PACKED 1 for sequences one after the other:
 // then they are a batch of 1 with M = N = T, and blocks have places (packed.cuh): `splits` in the first launch, `spans`, of
 // which a sequence has one for each span and part, in the second. `parts` is the most that a sequence has. Each is shared
-// out as it would be alone, hence the same bits.
+// out as it would be alone, hence the same bits. Or PAGE rows of a page, 0 where K is one buffer: tiles come in smaller
+// boxes then, and N is what a sequence's pages have room for.
 
 #include "dependent.cuh"
 #include "hopper.cuh"
@@ -21,12 +22,14 @@
 constexpr int PAIR = 256, WORKERS = 2 * PAIR;  // threads that multiply
 constexpr int THREADS = WORKERS + 128, GATHERERS = 96;
 constexpr int STAGES = 4;                      // tiles of K in shared memory
+constexpr int BOX = PAGE && PAGE < TILE ? PAGE : TILE;  // rows of a copy
 constexpr int MAX_PROBES = 512;
 constexpr int MAX_ITEMS = 32;        // tiles of probes, over the heads of a block of `column_sums`
 constexpr int MAX_SPAN = 16 * TILE;  // columns of such a block
+static_assert(PAGE == 0 || !PACKED && (PAGE & PAGE - 1) == 0 && BOX >= 8);
 
 struct Params {
-    TensorMap k;           // [B, Hkv, N, D], boxes of TILE rows and BAND columns
+    TensorMap k;           // [B, Hkv, N, D] or [num_blocks, Hkv, PAGE, D], boxes of BOX rows and BAND columns
     const u16* q;          // [B, Hq, M, D]
     const int* rows;       // [P] or [B, P]
     const int* q_start;    // [B] or null
@@ -37,9 +40,10 @@ struct Params {
     int* arrived;          // [B, G, spans]: blocks of a span that are done; cleared by the first launch for the second
     float* accumulated;    // [B, G, N]
     float* normalized;     // [B, G, N]
-    // If PACKED: [B + 1], and of a sequence of so many tiles the columns of a block of `row_sums`, and parts [tiles, 2].
-    const int *cu_seqlens, *shares;
-    i64 q_b, q_h, q_m, rows_b, rows_p;
+    const int* cu_seqlens; // if PACKED: [B + 1]
+    const int* table;      // if PAGE: [B, N / PAGE]
+    const int* shares;     // if PACKED, by the tiles of a sequence: columns of a block of `row_sums`, and parts
+    i64 q_b, q_h, q_m, rows_b, rows_p, table_b, table_n;
     int B, Hq, G, M, N, P;
     int shared;         // query heads of a KV head
     int split, splits;  // columns of a block of `row_sums`, whole tiles, and how many cover N
@@ -48,6 +52,7 @@ struct Params {
     float scale;        // in powers of two, positive
     int sequences, most;  // if PACKED: how many, and the longest
     Places in_rows, in_columns;
+    int num_blocks;
 };
 
 static_assert(sizeof(Params) == 384, "the launcher packs so much");
@@ -93,7 +98,10 @@ __device__ __forceinline__ int first_column(const Params& p, int b) {
     return p.leftpad_k ? min(max(p.leftpad_k[b], 0), p.N) : 0;
 }
 
-__device__ __forceinline__ int start_of(const Params& p, int b) { return p.q_start ? p.q_start[b] : p.N - p.M; }
+__device__ __forceinline__ int start_of(const Params& p, int b) {
+    if (p.q_start) return p.q_start[b];
+    return (PAGE ? min(max(p.seqused_k[b], 0), p.N) : p.N) - p.M;
+}
 
 // Barriers, and the last column that each of `count` probes from `from` on sees. Returns the largest; by all threads.
 __device__ int prepare(const Params& p, Shared& sh, const Sequence& x, int from, int count) {
@@ -141,13 +149,35 @@ __device__ __forceinline__ void serve_queries(const Params& p, Shared& sh, const
     arrive(sh.q_full[i % 2]);
 }
 
-// One thread: tiles of K from row `begin` on into the ring, `loaded` of which have gone there before.
+// One warp: tiles of K from row `begin` on into the ring, `loaded` of which have gone there before.
 __device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at, int begin, int end, int kv, const Sequence& x, u32& loaded) {
+    int lane = threadIdx.x % 32, at = lane * BOX;  // in a tile
+#if PAGE
+    auto page_of = [&](int row) {
+        if (at >= TILE || row >= end) return 0;
+        return min(max(p.table[x.b * p.table_b + row / PAGE * p.table_n], 0), p.num_blocks - 1);
+    };
+    int next = page_of(begin + at);
+    for (int j = begin; j < end; j += TILE, ++loaded) {
+        u32 stage = loaded % STAGES;
+        int page = next, boxes = (min(TILE, end - j) + BOX - 1) / BOX;  // with rows that are seen
+        next = page_of(j + TILE + at);  // on its way while this one waits for a place
+        if (lane == 0) {
+            wait(sh.empty[stage], loaded / STAGES & 1 ^ 1);
+            arrive_expecting(sh.full[stage], boxes * BANDS * BOX * 128);
+        }
+        __syncwarp();
+        u32 to = k_at + stage * TILE_BYTES + at * 128;
+        if (lane < boxes) load_bands<TILE_BAND>(to, p.k, sh.full[stage], (j + at) % PAGE, kv, page);
+    }
+#else
+    if (lane) return;
     for (int j = begin; j < end; j += TILE, ++loaded) {
         u32 stage = loaded % STAGES;
         wait(sh.empty[stage], loaded / STAGES & 1 ^ 1);
         load_tile(k_at + stage * TILE_BYTES, p.k, sh.full[stage], x.first + j, kv, PACKED ? 0 : x.b);
     }
+#endif
 }
 
 // S [64, 128] of the ring's tile `n`: this half of its rows with the queries, or this half of the queries with it.
@@ -221,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) row_sums(const __grid_c
     if (thread >= THREADS - GATHERERS) return serve_queries(p, sh, sh.at, x, head, base + Q_AT, 0);
     if (thread >= WORKERS) {
         u32 loaded = 0;
-        if (lane == 0) serve_keys(p, sh, base + K_AT, begin, end, kv, x, loaded);
+        serve_keys(p, sh, base + K_AT, begin, end, kv, x, loaded);
         return;
     }
     int group = __shfl_sync(~0u, thread / 128, 0), pair = group / 2, half = group % 2, r = thread % PAIR / 32 * 16 + lane / 4;
@@ -358,8 +388,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) column_sums(const __gri
         for (int i = 0; i < items; ++i) serve_queries(p, sh, sh.at + i % blocks * TILE, x, from + i / blocks, base + Q_AT, i);
     } else if (thread >= WORKERS) {
         u32 loaded = 0;
-        if (lane == 0)
-            for (int i = 0; i < items; ++i) serve_keys(p, sh, base + K_AT, begin, end, (from + i / blocks) / p.shared, x, loaded);
+        for (int i = 0; i < items; ++i) serve_keys(p, sh, base + K_AT, begin, end, (from + i / blocks) / p.shared, x, loaded);
     } else if (items) {
         for (int i = thread; i < tiles * TILE; i += WORKERS) sh.sums[i] = 0;
         after_previous_kernel();  // that is `row_sums`: queries and keys are older

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zipvl_kernels._cuda import common
 from zipvl_kernels._cuda.packed import as_batch, fewest, ways
+from zipvl_kernels._cuda.pages import lacks as no_pages
 from zipvl_kernels._cuda.tensor_map import lacks as no_copies
 from zipvl_kernels._cuda.tensor_map import tensor_map
 
@@ -24,7 +25,7 @@ AT_ONCE = 132  # blocks that run at a time, one a multiprocessor of an H100 or H
 # Scratch of a column stays at 56 bytes, where that leaves enough blocks: the log-sum-exps of all probes, heads and
 # splits; and 4 for every part of a group's heads, less those for which the outputs serve.
 ROW_BYTES, MAX_PARTS, MAX_SPLITS = 24, 10, 32
-_ADDRESSES, _NUMBERS = struct.Struct("=128s11Q"), struct.Struct("=Q5q12if6i44x")
+_ADDRESSES, _NUMBERS = struct.Struct("=128s12Q"), struct.Struct("=Q7q12if7i16x")
 
 
 def lacks(
@@ -44,7 +45,10 @@ def lacks(
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
     if block_table is not None:
-        return "block_table: expected None, since pages are read by the Triton kernel alone"
+        if why := no_pages(k, block_table, layout):
+            return why
+        if leftpad_k is not None:
+            return "leftpad_k: expected None with a block_table, since tiles begin with a page"
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[-1] not in HEAD_DIMS:
@@ -80,7 +84,8 @@ def score_tokens(
 
     Both `[B, G, N]`, or `[G, T]` with `cu_seqlens`.
     """
-    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, None, cu_seqlens, max_seqlen)
+    where = cu_seqlens, max_seqlen, block_table, layout
+    return launch(q, k, probe_rows, scale, q_start, leftpad_k, seqused_k, pool, None, *where)
 
 
 def launch(
@@ -95,27 +100,33 @@ def launch(
     shares: tuple[int, int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
 ) -> tuple[Tensor, Tensor]:
     """The operator on arguments that it can take; `shares` in place of those that `plan` gives."""
-    packed = None
+    packed = table = None
     if cu_seqlens is not None and max_seqlen is not None:
         packed = cu_seqlens.shape[0] - 1, max_seqlen
         q, k = as_batch(q), as_batch(k)
+    if block_table is not None:
+        if layout == "NHD":
+            k = k.transpose(1, 2)
+        table = block_table.shape[1], *block_table.stride()
     device, q_shape, k_shape, rows_shape = q.device, q.shape, k.shape, probe_rows.shape
     G = 1 if pool == "layer" else k_shape[1]
-    shape = (q_shape[0], G, k_shape[2])
+    shape = (q_shape[0], G, k_shape[2] if table is None else k_shape[2] * table[0])
     accumulated = torch.empty(shape[1:] if packed else shape, dtype=torch.float32, device=device)
     normalized = torch.empty_like(accumulated)
     if not accumulated.numel() or not min(q_shape[2], rows_shape[-1], *(packed or ())):
         return accumulated.zero_(), normalized.zero_()
-    layout = q_shape, k_shape, rows_shape, q.stride(), probe_rows.stride()
-    launches, sizes = prepared(device, q.dtype == torch.float16, *layout, G, scale, shares, packed)
+    shapes = q_shape, k_shape, rows_shape, q.stride(), probe_rows.stride()
+    launches, sizes = prepared(device, q.dtype == torch.float16, *shapes, G, scale, shares, packed, table)
     scratch = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     at = scratch.data_ptr()
     given = [None if x is None else x.contiguous() for x in (q_start, leftpad_k, seqused_k, cu_seqlens)]
     start, *padding, cu_seqlens = given
     addresses: tuple[int | bytes, ...] = (
-        tensor_map(k),
+        tensor_map(k, TILE if table is None else min(TILE, k_shape[2])),
         q.data_ptr(),
         probe_rows.data_ptr(),
         common.address(start),
@@ -126,6 +137,7 @@ def launch(
         accumulated.data_ptr(),
         normalized.data_ptr(),
         common.address(cu_seqlens),
+        common.address(block_table),
     )
     for step in launches:
         common.launch(step, *addresses)
@@ -145,13 +157,16 @@ def prepared(
     scale: float | None,
     shares: tuple[int, int, int] | None = None,
     packed: tuple[int, int] | None = None,
+    table: tuple[int, int, int] | None = None,
 ) -> tuple[tuple[common.Launch, ...], tuple[int, int, int]]:
     """The two launches, which take the same addresses, and the sizes of their scratch.
 
     That is, in 4 bytes: the log-sum-exps, the sums of each part of the heads, and the counters of blocks. `packed` is
-    how many sequences one batch of all holds, and the longest.
+    how many sequences one batch of all holds, and the longest; `table` the width and strides of a block table.
     """
-    (B, Hq, M, D), (_, Hkv, N, _), P = q_shape, k_shape, rows_shape[-1]
+    (B, Hq, M, D), (num_blocks, Hkv, N, _), P, page = q_shape, k_shape, rows_shape[-1], 0
+    if table is not None:
+        N, page = N * table[0], N
     shared = 1024 + 6 * TILE * D * 2 + 28672  # alignment, two tiles of queries and four of K, the rest
     lengths, given, places = 0, (0, 0), [0, 0, 0, 0]
     if packed:
@@ -172,6 +187,7 @@ def prepared(
         *q_stride[:3],
         0 if len(rows_shape) == 1 else rows_stride[0],
         rows_stride[-1],
+        *((0, 0) if table is None else table[1:]),
         B,
         Hq,
         G,
@@ -187,9 +203,10 @@ def prepared(
         (D**-0.5 if scale is None else scale) * math.log2(math.e) or 1e-30,  # times -inf, 0 would be NaN
         *given,
         *places,
+        num_blocks,
     )
     sizes = B * Hq * splits * P, B * G * max(0, parts - 2) * N, B * G * spans
-    kernels = zip(_kernels(device, D, half, shared, packed is not None), blocks, strict=True)
+    kernels = zip(_kernels(device, D, half, shared, packed is not None, page), blocks, strict=True)
     return tuple(common.Launch(x, device, grid, THREADS, _ADDRESSES, numbers, shared) for x, grid in kernels), sizes
 
 
@@ -258,9 +275,12 @@ def _places(
 
 
 @cache
-def _kernels(device: torch.device, D: int, half: bool, shared: int, packed: bool) -> tuple[Function, Function]:
+def _kernels(
+    device: torch.device, D: int, half: bool, shared: int, packed: bool, page: int
+) -> tuple[Function, Function]:
     """The two kernels, compiled and loaded on `device`."""
-    module = common.load_module("score_tokens", "sm_90a", device, HEAD_DIM=D, HALF=int(half), PACKED=int(packed))
+    macros = {"HEAD_DIM": D, "HALF": int(half), "PACKED": int(packed), "PAGE": page}
+    module = common.load_module("score_tokens", "sm_90a", device, **macros)
     row_sums, column_sums = module.get_function("row_sums"), module.get_function("column_sums")
     common.allow_shared(row_sums, device, shared)
     common.allow_shared(column_sums, device, shared)

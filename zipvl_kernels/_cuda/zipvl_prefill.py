@@ -91,7 +91,7 @@ def zipvl_prefill_(
     half, stream = dtype == torch.float16, common.current_stream(device)
     shape, k_stride, v_stride = keys
     k_map, v_map = encoded(k_at, half, shape, k_stride), encoded(v_at, half, shape, v_stride)
-    scoring = k_map, q_at, at + rows, start, *padding, at + lse, at + partial, at + arrived, *scores, sequences
+    scoring = k_map, q_at, at + rows, start, *padding, at + lse, at + partial, at + arrived, *scores, sequences, 0
     with draw.lock:
         draw.fill(at + rows, sequences, probe_rows.seed_key(seed))
         row_sums.fill(*scoring)
