@@ -27,7 +27,7 @@ def cuda(monkeypatch):
         stems = ("common", "tensor_map", "compact_paged_kv", "decode_attention", *operators)
         found = {stem: importlib.import_module(f"zipvl_kernels._cuda.{stem}") for stem in stems}
     modules = SimpleNamespace(**found, launched=[])
-    sizes = [56, 384, 384, 136, 176, 448]  # of the parameters, as the sources of the kernels assert
+    sizes = [56, 384, 384, 136, 176, 512]  # of the parameters, as the sources of the kernels assert
 
     def start(config, kernel, pointers, extra):
         parameters = ctypes.string_at(ctypes.c_void_p.from_address(pointers).value, sizes[kernel])

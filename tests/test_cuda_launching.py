@@ -263,6 +263,28 @@ def parameters_of_scores(cuda):
     return numbers, pages
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_attention_over_pages_is_launched_as_over_one_buffer(cuda, layout):
+    page, width, module = 16, 25, cuda.sparse_attention
+    q, k, v = qkv(2, 28, 4, 70, page * width, 64)
+    pools = torch.zeros(2, 9, *((page, 4) if layout == "NHD" else (4, page)), 64, dtype=q.dtype).unbind()
+    sets = torch.zeros(2, 1, page * width).int(), torch.zeros(2, 1).int()
+    table, used = torch.zeros(2, width).int(), torch.full((2,), page * width).int()
+    paged = {"kv_compacted": True, "seqused_k": used, "block_table": table, "layout": layout}
+    assert module.lacks(q, *pools, *sets, **paged) == ""
+    found = []
+    for keys, where in ((pools, paged), ((k, v), {"kv_compacted": True})):
+        assert module.sparse_attention(q, *keys, *sets, **where).shape == q.shape
+        ((kernel, config, parameters),) = cuda.launched
+        cuda.launched.clear()
+        *_, lengths, pages = module._ADDRESSES.unpack_from(parameters)
+        *numbers, num_blocks = module._NUMBERS.unpack_from(parameters, module._ADDRESSES.size)
+        found.append((kernel, config, numbers[:8], numbers[10:]))
+        over_pages = used.data_ptr(), table.data_ptr(), width, 1, 9
+        assert (lengths, pages, *numbers[8:10], num_blocks) == (over_pages if where is paged else (0, 0, 0, 0, 2))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [

@@ -19,7 +19,7 @@ PAGES = (1, 16, 24, 256) if REAL else (1, 3)
 compaction = pytest.mark.parametrize("backend", chosen("compact_paged_kv_"))
 decoding = pytest.mark.parametrize("backend", chosen("decode_attention"))
 scoring = pytest.mark.parametrize("backend", chosen("score_tokens") or ["auto"])
-ATTENTION = "triton" if "triton" in available("sparse_attention") else "auto"  # the only kernel that reads pages
+attending = pytest.mark.parametrize("backend", chosen("sparse_attention") or ["auto"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -47,8 +47,9 @@ def test_scores(backend, dtype):
 
 
 @dtypes
-def test_sparse(dtype):
-    check_paged_sparse_attention(function("sparse_attention", ATTENTION), **options(dtype))
+@attending
+def test_sparse(backend, dtype):
+    check_paged_sparse_attention(function("sparse_attention", backend), **options(dtype))
 
 
 @pytest.mark.parametrize("head_dim", [64, 256] if REAL else [24])
@@ -91,7 +92,7 @@ def test_scores_and_sparse_give_the_bits_of_one_buffer(backend, N, page, layout,
     buffers = [in_rows(pool, pages["block_table"], layout) for pool in (k, v)]
     used, start = pages["seqused_k"], pages["seqused_k"] - q.shape[2]
     rows = zk.probe_rows(q.shape[2], num_recent=8, num_random=90 if REAL else 8, device=DEVICE)
-    score, attend = function("score_tokens", backend), function("sparse_attention", ATTENTION)
+    score = function("score_tokens", backend)
     for pool in ("layer", "kv_head"):
         got = score(q, k, rows, pool=pool, **pages)
         wanted = score(q, buffers[0], rows, pool=pool, q_start=start, seqused_k=used)
@@ -99,6 +100,7 @@ def test_scores_and_sparse_give_the_bits_of_one_buffer(backend, N, page, layout,
             assert_same_bits(f"{name}, {pool}", x, y)
         sets = zk.select_tokens(*got, tau=0.7, seqused_k=used)
         for kv_compacted in (False, True):
+            attend = function("sparse_attention", "triton" if backend == "cuda" and not kv_compacted else backend)
             out = attend(q, k, v, *sets, kv_compacted=kv_compacted, **pages)
             assert out.isfinite().all()
             dense = attend(q, *buffers, *sets, kv_compacted=kv_compacted, q_start=start)

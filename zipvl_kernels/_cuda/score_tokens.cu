@@ -18,15 +18,15 @@
 #include "dependent.cuh"
 #include "hopper.cuh"
 #include "packed.cuh"
+#include "pages.cuh"
 
 constexpr int PAIR = 256, WORKERS = 2 * PAIR;  // threads that multiply
 constexpr int THREADS = WORKERS + 128, GATHERERS = 96;
 constexpr int STAGES = 4;                      // tiles of K in shared memory
-constexpr int BOX = PAGE && PAGE < TILE ? PAGE : TILE;  // rows of a copy
 constexpr int MAX_PROBES = 512;
 constexpr int MAX_ITEMS = 32;        // tiles of probes, over the heads of a block of `column_sums`
 constexpr int MAX_SPAN = 16 * TILE;  // columns of such a block
-static_assert(PAGE == 0 || !PACKED && (PAGE & PAGE - 1) == 0 && BOX >= 8);
+static_assert(!PAGE || !PACKED);
 
 struct Params {
     TensorMap k;           // [B, Hkv, N, D] or [num_blocks, Hkv, PAGE, D], boxes of BOX rows and BAND columns
@@ -151,33 +151,16 @@ __device__ __forceinline__ void serve_queries(const Params& p, Shared& sh, const
 
 // One warp: tiles of K from row `begin` on into the ring, `loaded` of which have gone there before.
 __device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at, int begin, int end, int kv, const Sequence& x, u32& loaded) {
-    int lane = threadIdx.x % 32, at = lane * BOX;  // in a tile
-#if PAGE
-    auto page_of = [&](int row) {
-        if (at >= TILE || row >= end) return 0;
-        return min(max(p.table[x.b * p.table_b + row / PAGE * p.table_n], 0), p.num_blocks - 1);
-    };
-    int next = page_of(begin + at);
+    if (!PAGE && threadIdx.x % 32) return;
+    int next = page_of(p, x.b, begin, end);
     for (int j = begin; j < end; j += TILE, ++loaded) {
         u32 stage = loaded % STAGES;
-        int page = next, boxes = (min(TILE, end - j) + BOX - 1) / BOX;  // with rows that are seen
-        next = page_of(j + TILE + at);  // on its way while this one waits for a place
-        if (lane == 0) {
-            wait(sh.empty[stage], loaded / STAGES & 1 ^ 1);
-            arrive_expecting(sh.full[stage], boxes * BANDS * BOX * 128);
-        }
-        __syncwarp();
-        u32 to = k_at + stage * TILE_BYTES + at * 128;
-        if (lane < boxes) load_bands<TILE_BAND>(to, p.k, sh.full[stage], (j + at) % PAGE, kv, page);
-    }
-#else
-    if (lane) return;
-    for (int j = begin; j < end; j += TILE, ++loaded) {
-        u32 stage = loaded % STAGES;
+        int page = next;
+        next = page_of(p, x.b, j + TILE, end);  // on its way while this one waits for a place
         wait(sh.empty[stage], loaded / STAGES & 1 ^ 1);
-        load_tile(k_at + stage * TILE_BYTES, p.k, sh.full[stage], x.first + j, kv, PACKED ? 0 : x.b);
+        if (PAGE) load_boxes(k_at + stage * TILE_BYTES, p.k, sh.full[stage], j, end, kv, page);
+        else load_tile(k_at + stage * TILE_BYTES, p.k, sh.full[stage], x.first + j, kv, PACKED ? 0 : x.b);
     }
-#endif
 }
 
 // S [64, 128] of the ring's tile `n`: this half of its rows with the queries, or this half of the queries with it.

@@ -162,7 +162,7 @@ def prepared(
     """The two launches, which take the same addresses, and the sizes of their scratch.
 
     That is, in 4 bytes: the log-sum-exps, the sums of each part of the heads, and the counters of blocks. `packed` is
-    how many sequences one batch of all holds, and the longest; `table` the width and strides of a block table.
+    how many sequences one batch of all holds, and the longest; `table` a block table's width and strides.
     """
     (B, Hq, M, D), (num_blocks, Hkv, N, _), P, page = q_shape, k_shape, rows_shape[-1], 0
     if table is not None:

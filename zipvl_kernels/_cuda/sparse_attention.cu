@@ -11,19 +11,22 @@
 //
 // Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16, STAGES of the ring, CONSUMER_REGISTERS and
 // PRODUCER_REGISTERS, TAKE_TURNS 0 or 1, and PACKED 1 for sequences one after the other: then q, k, v are [T, H, D], `out`
-// is dense in this order, indices are [G, T], strides of a batch 0, and M is the longest length. packed.cuh says more.
+// is dense in this order, indices are [G, T], strides of a batch 0, and M is the longest length. packed.cuh says more. Or
+// PAGE rows of a page of a pool (pages.cuh).
 
 #include "dependent.cuh"
 #include "hopper.cuh"
 #include "packed.cuh"
+#include "pages.cuh"
 
+static_assert(!PAGE || !PACKED);
 constexpr int MAX_SETS = 512;
 constexpr int ZERO_HEADS = 8;
 constexpr u32 Q_BAND = ROWS * 128;      // bytes
 constexpr u32 Q_HALF = BANDS * Q_BAND;  // of one consumer
 
 struct Params {
-    TensorMap k, v;  // [B, Hkv, N, D], boxes of TILE rows and BAND columns
+    TensorMap k, v;  // [B, Hkv, N, D] or [num_blocks, Hkv, PAGE, D], boxes of BOX rows and BAND columns
     const u16* q;    // [B, Hq, M, D]
     u16* out;        // [B, Hq, M, D], dense
     const int* indices;  // [B, G, C]
@@ -31,7 +34,8 @@ struct Params {
     const int* q_start;  // [B] or null
     int* ticket;         // 0 before and after
     const int* cu_seqlens;  // [B + 1] if PACKED
-    i64 q_b, q_h, q_m, indices_b, indices_g, indices_n, counts_b, counts_g;
+    const int *seqused_k, *table;  // [B] and [B, max_blocks] if PAGE
+    i64 q_b, q_h, q_m, indices_b, indices_g, indices_n, counts_b, counts_g, table_b, table_n;
     int B, Hq, Hkv, G, M;
     int T;              // rows of all sequences if PACKED
     int most;           // members of a set at most
@@ -39,9 +43,10 @@ struct Params {
     int whole;          // every member has a query row
     int section_bytes;  // of K and V that heads worked on at a time may take
     float scale;        // in powers of two, positive
+    int num_blocks;
 };
 
-static_assert(sizeof(Params) == 448, "the launcher packs so much");
+static_assert(sizeof(Params) == 512, "the launcher packs so much");
 
 struct Item {
     int b, g, head, kv, tile, count, start;  // tile < 0: no more work
@@ -120,7 +125,10 @@ __device__ __forceinline__ uint4* out_from(const Params& p, int b, int head, int
 
 __device__ __forceinline__ i64 out_stride(const Params& p) { return PACKED ? (i64)p.Hq * CHUNKS : CHUNKS; }
 
-__device__ __forceinline__ int start_of(const Params& p, int b) { return p.q_start ? p.q_start[b] : p.default_start; }
+__device__ __forceinline__ int start_of(const Params& p, int b) {
+    if (p.q_start) return p.q_start[b];
+    return PAGE ? max(p.seqused_k[b], 0) - p.M : p.default_start;
+}
 
 // How many of the ascending columns are below `column`; 32 lanes each look at one of 32 places.
 __device__ int lower_bound(const int* columns, i64 stride, int count, int column, int lane) {
@@ -250,28 +258,36 @@ __device__ void serve_queries(const Params& p, Shared& sh, u32 q_at, int half, i
     }
 }
 
-// One thread: tiles of K and V in the order of their use, scores of a tile before values of the tile above it.
-__device__ void serve_keys(const Params& p, Shared& sh, u32 k_at, u32 v_at) {
+// One warp: tiles of K and V in the order of their use, scores of a tile before values of the tile above it.
+__device__ void serve_keys(const Params& p, Shared& sh, u32 k_at, u32 v_at, int lane) {
+    if (!PAGE && lane) return;
     u32 k_loaded = 0, v_loaded = 0;
     for (int n = 0;; ++n) {
         int slot = n & 1, parity = n >> 1 & 1;
         wait(sh.item_full[slot], parity);
         Item x = sh.item[slot];
-        arrive(sh.q_empty[slot]);
+        if (PAGE) __syncwarp();
+        if (lane == 0) arrive(sh.q_empty[slot]);
         if (x.tile < 0) return;
         int first = span_of(packing(p), x.b).first, b = PACKED ? 0 : x.b;
+        int above = 0, page = 0, next = page_of(p, x.b, x.tile * TILE, x.count);  // pages of three tiles
+        auto load = [&](u32 to, const TensorMap& map, u64& full, int tile, int page) {
+            if (PAGE) load_boxes(to, map, full, tile * TILE, x.count, x.kv, page);
+            else load_tile(to, map, full, first + tile * TILE, x.kv, b);
+        };
 #pragma unroll 1
         for (int tile = x.tile; tile >= -1; --tile) {
+            above = page, page = next, next = page_of(p, x.b, max(tile - 1, 0) * TILE, x.count);
             if (tile >= 0) {
                 u32 stage = k_loaded % STAGES, round = k_loaded / STAGES & 1;
                 wait(sh.k_empty[stage], round ^ 1);
-                load_tile(k_at + stage * TILE_BYTES, p.k, sh.k_full[stage], first + tile * TILE, x.kv, b);
+                load(k_at + stage * TILE_BYTES, p.k, sh.k_full[stage], tile, page);
                 ++k_loaded;
             }
             if (tile < x.tile) {
                 u32 stage = v_loaded % STAGES, round = v_loaded / STAGES & 1;
                 wait(sh.v_empty[stage], round ^ 1);
-                load_tile(v_at + stage * TILE_BYTES, p.v, sh.v_full[stage], first + (tile + 1) * TILE, x.kv, b);
+                load(v_at + stage * TILE_BYTES, p.v, sh.v_full[stage], tile + 1, above);
                 ++v_loaded;
             }
         }
@@ -446,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) sparse_attention(const __gr
     if (warp < 4) {
         give_registers<PRODUCER_REGISTERS>();
         if (warp == 0) {
-            if (lane == 0) serve_keys(p, sh, base + K_AT, base + V_AT);
+            serve_keys(p, sh, base + K_AT, base + V_AT, lane);
         } else if (warp < 3) {
             serve_queries(p, sh, base + Q_AT, warp - 1, lane);
         } else {

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from zipvl_kernels._cuda import common
 from zipvl_kernels._cuda.packed import as_batch
+from zipvl_kernels._cuda.pages import lacks as no_pages
 from zipvl_kernels._cuda.tensor_map import lacks as no_copies
 from zipvl_kernels._cuda.tensor_map import tensor_map
 from zipvl_kernels._tickets import tickets
 
 THREADS = 384
+TILE = 128  # rows
 MAX_SETS = 512  # B * G
 STAGES = {64: 4, 128: 2}  # tiles of K, and of V, in shared memory
 CONSUMER_REGISTERS, PRODUCER_REGISTERS, TAKE_TURNS = 232, 40, True
 SECTION_BYTES = 24 << 20  # of K and V that heads worked on at a time may take, so that they stay in L2
-_ADDRESSES, _NUMBERS = struct.Struct("=128s128s7Q"), struct.Struct("=8q10if28x")
+_ADDRESSES, _NUMBERS = struct.Struct("=128s128s9Q"), struct.Struct("=10q10ifi56x")
 
 
 def lacks(
@@ -39,8 +41,8 @@ def lacks(
     layout: str = "NHD",
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
-    if block_table is not None:
-        return "block_table: expected None, since pages are read by the Triton kernel alone"
+    if block_table is not None and (why := no_pages(k, block_table, layout)):
+        return why
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"
     if q.shape[-1] not in STAGES:
@@ -76,7 +78,8 @@ def sparse_attention(
     layout: str = "NHD",
 ) -> Tensor:
     """Softmax attention of the query rows in the set over the set's columns at or before them, as `q`; 0 elsewhere."""
-    return launch(q, k, v, indices, counts, scale, q_start, cu_seqlens, max_seqlen)
+    where = cu_seqlens, max_seqlen, seqused_k, block_table, layout
+    return launch(q, k, v, indices, counts, scale, q_start, *where)
 
 
 def launch(
@@ -89,6 +92,9 @@ def launch(
     q_start: Tensor | None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "NHD",
     *,
     stages: int | None = None,
     consumer_registers: int = CONSUMER_REGISTERS,
@@ -98,22 +104,28 @@ def launch(
 ) -> Tensor:
     """The operator on arguments that it can take, with one configuration."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    packed = None
+    packed = table = None
     if cu_seqlens is not None and max_seqlen is not None:
         packed = counts.shape[0], max_seqlen
         q, k, v, indices = as_batch(q), as_batch(k), as_batch(v), indices[None]
+    if block_table is not None:
+        if layout == "NHD":
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        table = block_table.shape[1], *block_table.stride()
     q_shape, k_shape, indices_shape = q.shape, k.shape, indices.shape
-    if not out.numel() or not min(k_shape[2], indices_shape[2], *(packed or ())):
+    if not out.numel() or not min(k_shape[2], indices_shape[2], *(packed or ()), *(table or ())[:1]):
         return out.zero_()
     device, half = q.device, q.dtype == torch.float16
-    layout = q_shape, k_shape, indices_shape, q.stride(), indices.stride(), counts.stride()
+    shapes = q_shape, k_shape, indices_shape, q.stride(), indices.stride(), counts.stride()
     config = stages, consumer_registers, producer_registers, take_turns, section_bytes
-    step = prepared(device, half, *layout, scale, q_start is None, packed, *config)
-    start, cu_seqlens = (None if x is None else x.contiguous() for x in (q_start, cu_seqlens))
+    step = prepared(device, half, *shapes, scale, q_start is None, packed, table, *config)
+    given = (None if x is None else x.contiguous() for x in (q_start, cu_seqlens, seqused_k))
+    start, cu_seqlens, seqused_k = given
+    rows = TILE if table is None else min(TILE, k_shape[2])  # of a copy
     common.launch(
         step,
-        tensor_map(k),
-        tensor_map(v),
+        tensor_map(k, rows),
+        tensor_map(v, rows),
         q.data_ptr(),
         out.data_ptr(),
         indices.data_ptr(),
@@ -121,6 +133,8 @@ def launch(
         common.address(start),
         tickets(device, 1).data_ptr(),
         common.address(cu_seqlens),
+        common.address(seqused_k),
+        common.address(block_table),
     )
     return out
 
@@ -138,23 +152,30 @@ def prepared(
     scale: float | None,
     default_start: bool,
     packed: tuple[int, int] | None = None,
+    table: tuple[int, int, int] | None = None,
     stages: int | None = None,
     consumer_registers: int = CONSUMER_REGISTERS,
     producer_registers: int = PRODUCER_REGISTERS,
     take_turns: bool = TAKE_TURNS,
     section_bytes: int = SECTION_BYTES,
 ) -> common.Launch:
-    """All of a launch but its addresses; `packed` is how many sequences one batch of all holds, and the longest."""
-    (B, Hq, M, D), (_, Hkv, N, _), (_, G, C) = q_shape, k_shape, indices_shape
-    start, whole = C - M, default_start and C == M
+    """All of a launch but its addresses.
+
+    `packed` is how many sequences one batch of all holds, and the longest; `table` a block table's width and strides.
+    """
+    (B, Hq, M, D), (num_blocks, Hkv, N, _), (_, G, C), page = q_shape, k_shape, indices_shape, 0
+    if table is not None:
+        N, page = N * table[0], N
+    start, whole = C - M, default_start and C == M and table is None
     if packed:
         (B, M), q_stride, indices_stride = packed, (0, *q_stride[1:]), (0, *indices_stride[1:])
-    config = stages or STAGES[D], consumer_registers, producer_registers, take_turns, packed is not None
+    config = stages or STAGES[D], consumer_registers, producer_registers, take_turns, packed is not None, page
     kernel, shared, blocks = _kernel(device, D, half, *config)
     numbers = _NUMBERS.pack(
         *q_stride[:3],
         *indices_stride,
         *counts_stride,
+        *((0, 0) if table is None else table[1:]),
         B,
         Hq,
         Hkv,
@@ -166,6 +187,7 @@ def prepared(
         whole,
         section_bytes,
         (D**-0.5 if scale is None else scale) * math.log2(math.e),
+        num_blocks,
     )
     return common.Launch(kernel, device, blocks, THREADS, _ADDRESSES, numbers, shared)
 
@@ -180,6 +202,7 @@ def _kernel(
     producer_registers: int,
     take_turns: bool,
     packed: bool,
+    page: int,
 ) -> tuple[Function, int, int]:
     """The kernel compiled and loaded on `device`, its bytes of dynamic shared memory, and its number of blocks."""
     kernel = common.load(
@@ -193,6 +216,7 @@ def _kernel(
         PRODUCER_REGISTERS=producer_registers,
         TAKE_TURNS=int(take_turns),
         PACKED=int(packed),
+        PAGE=page,
     )
     shared = 1024 + 4 * 64 * D * 2 + 2 * stages * 128 * D * 2 + 8192  # alignment, queries, K and V, the rest
     common.allow_shared(kernel, device, shared)

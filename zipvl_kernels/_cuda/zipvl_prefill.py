@@ -98,7 +98,7 @@ def zipvl_prefill_(
         column_sums.fill(*scoring)
         select.fill(*scores, *padding, *kept, sequences)
         compact.fill(k_at, v_at, *kept, 0, sequences, zeroed)
-        attend.fill(k_map, v_map, q_at, out.data_ptr(), *kept, start, zeroed, sequences)
+        attend.fill(k_map, v_map, q_at, out.data_ptr(), *kept, start, zeroed, sequences, 0, 0)
         for step in (draw, row_sums, column_sums, select, compact, attend):
             step.stream.value = stream
         status = draw.begin() or row_sums.start() or column_sums.start()
