@@ -149,9 +149,8 @@ __device__ __forceinline__ void serve_queries(const Params& p, Shared& sh, const
     arrive(sh.q_full[i % 2]);
 }
 
-// One warp: tiles of K from row `begin` on into the ring, `loaded` of which have gone there before.
+// One thread, or with pages one warp: tiles of K from row `begin` on into the ring, `loaded` of which have gone there before.
 __device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at, int begin, int end, int kv, const Sequence& x, u32& loaded) {
-    if (!PAGE && threadIdx.x % 32) return;
     int next = page_of(p, x.b, begin, end);
     for (int j = begin; j < end; j += TILE, ++loaded) {
         u32 stage = loaded % STAGES;
@@ -234,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) row_sums(const __grid_c
     if (thread >= THREADS - GATHERERS) return serve_queries(p, sh, sh.at, x, head, base + Q_AT, 0);
     if (thread >= WORKERS) {
         u32 loaded = 0;
-        serve_keys(p, sh, base + K_AT, begin, end, kv, x, loaded);
+        if (PAGE || lane == 0) serve_keys(p, sh, base + K_AT, begin, end, kv, x, loaded);
         return;
     }
     int group = __shfl_sync(~0u, thread / 128, 0), pair = group / 2, half = group % 2, r = thread % PAIR / 32 * 16 + lane / 4;
@@ -371,7 +370,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) column_sums(const __gri
         for (int i = 0; i < items; ++i) serve_queries(p, sh, sh.at + i % blocks * TILE, x, from + i / blocks, base + Q_AT, i);
     } else if (thread >= WORKERS) {
         u32 loaded = 0;
-        for (int i = 0; i < items; ++i) serve_keys(p, sh, base + K_AT, begin, end, (from + i / blocks) / p.shared, x, loaded);
+        if (PAGE || lane == 0)
+            for (int i = 0; i < items; ++i) serve_keys(p, sh, base + K_AT, begin, end, (from + i / blocks) / p.shared, x, loaded);
     } else if (items) {
         for (int i = thread; i < tiles * TILE; i += WORKERS) sh.sums[i] = 0;
         after_previous_kernel();  // that is `row_sums`: queries and keys are older

@@ -258,16 +258,15 @@ __device__ void serve_queries(const Params& p, Shared& sh, u32 q_at, int half, i
     }
 }
 
-// One warp: tiles of K and V in the order of their use, scores of a tile before values of the tile above it.
+// One thread, or with pages one warp: tiles of K and V in the order of their use, scores of a tile before values of the tile above it.
 __device__ void serve_keys(const Params& p, Shared& sh, u32 k_at, u32 v_at, int lane) {
-    if (!PAGE && lane) return;
     u32 k_loaded = 0, v_loaded = 0;
     for (int n = 0;; ++n) {
         int slot = n & 1, parity = n >> 1 & 1;
         wait(sh.item_full[slot], parity);
         Item x = sh.item[slot];
         if (PAGE) __syncwarp();
-        if (lane == 0) arrive(sh.q_empty[slot]);
+        if (!PAGE || lane == 0) arrive(sh.q_empty[slot]);
         if (x.tile < 0) return;
         int first = span_of(packing(p), x.b).first, b = PACKED ? 0 : x.b;
         int above = 0, page = 0, next = page_of(p, x.b, x.tile * TILE, x.count);  // pages of three tiles
@@ -462,7 +461,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) sparse_attention(const __gr
     if (warp < 4) {
         give_registers<PRODUCER_REGISTERS>();
         if (warp == 0) {
-            serve_keys(p, sh, base + K_AT, base + V_AT, lane);
+            if (PAGE || lane == 0) serve_keys(p, sh, base + K_AT, base + V_AT, lane);
         } else if (warp < 3) {
             serve_queries(p, sh, base + Q_AT, warp - 1, lane);
         } else {
