@@ -41,6 +41,7 @@ def main() -> None:
                     ms = {row["provider"]: row["p50_ms"] for row in measured}
                     if {"pages", ONE_BUFFER} <= set(ms):
                         where = f"{operator:18} {geometry.heads:>6} {N:7} x {problem.shape['B']}"
+                        where += " compacted" * problem.shape.get("kv_compacted", False)
                         times = f"pages {ms['pages']:8.4f} ms  {ONE_BUFFER} {ms[ONE_BUFFER]:8.4f} ms"
                         print(f"{where}  {times}  {ms['pages'] / ms[ONE_BUFFER]:.2f} x", flush=True)
                     del problem

@@ -62,7 +62,7 @@ def measure(hq: int, hkv: int, n: int, device: torch.device, rounds: int) -> dic
     q, k = (torch.randn(1, heads // ranks, n, D, device=device, dtype=dtype) for heads in (hq, hkv))
     rows = zk.probe_rows(n, device=device)
     sent = torch.randn(1, exchanged(hkv // ranks), n, device=device)
-    received = [torch.empty_like(sent) for _ in range(ranks)]
+    received = sent.new_empty(ranks, *sent.shape[1:])
     return {
         "query_heads": hq,
         "kv_heads": hkv,
@@ -70,7 +70,7 @@ def measure(hq: int, hkv: int, n: int, device: torch.device, rounds: int) -> dic
         "sent_bytes": sent.nbytes,
         "scores_over_ranks_ms": milliseconds(lambda: score_tokens(group, q, k, rows), device, rounds),
         "scores_of_a_rank_ms": milliseconds(lambda: zk.score_tokens(q, k, rows), device, rounds),
-        "collective_ms": milliseconds(lambda: dist.all_gather(received, sent, group=group), device, rounds),
+        "collective_ms": milliseconds(lambda: dist.all_gather_into_tensor(received, sent, group=group), device, rounds),
     }
 
 

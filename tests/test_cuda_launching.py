@@ -292,19 +292,27 @@ def test_attention_over_pages_is_launched_as_over_one_buffer(cuda, layout):
         ({"page": 512}, "k: expected pages of 16, 32, 64, 128, 256 rows, got 512"),
         ({"width": 2**26 + 1}, "block_table: expected at most 1073741824 rows of a sequence"),
         ({"leftpad_k": torch.zeros(1).int()}, "leftpad_k: expected None with a block_table"),
+        ({"seqused_k": None}, "seqused_k: expected int32 [B] with a block_table, got None"),
         ({"dtype": torch.float32}, "q: expected float16 or bfloat16"),
         ({}, ""),
     ],
     ids=str,
 )
-def test_scores_over_pages_say_what_they_lack(cuda, changed, why):
-    given = {"page": 16, "width": 3, "dtype": torch.bfloat16, "leftpad_k": None} | changed
-    q, pool = torch.zeros(1, 2, 9, 64, dtype=given["dtype"]), torch.zeros(4, given["page"], 2, 64, dtype=given["dtype"])
-    table, used = torch.zeros(1, 1).int().expand(1, given["width"]), torch.ones(1).int()
-    where = {"leftpad_k": given["leftpad_k"], "seqused_k": used, "block_table": table}
-    found = cuda.score_tokens.lacks(q, pool, torch.arange(9).int(), **where)
-    assert found.startswith(why)
-    assert bool(found) == bool(why)
+def test_kernels_over_pages_say_what_they_lack(cuda, changed, why):
+    given = {"page": 16, "width": 3, "dtype": torch.bfloat16, "seqused_k": torch.ones(1).int()} | changed
+    page, width, dtype = (given.pop(name) for name in ("page", "width", "dtype"))
+    q, pool = torch.zeros(1, 2, 9, 64, dtype=dtype), torch.zeros(4, page, 2, 64, dtype=dtype)
+    where = {**given, "block_table": torch.zeros(1, 1).int().expand(1, width)}
+    found = [cuda.score_tokens.lacks(q, pool, torch.arange(9).int(), **where)]
+    if "leftpad_k" not in where:
+        sets = torch.zeros(1, 1, 9).int(), torch.zeros(1, 1).int()
+        found.append(cuda.sparse_attention.lacks(q, pool, pool, *sets, kv_compacted=True, **where))
+        if not why:
+            in_place = cuda.sparse_attention.lacks(q, pool, pool, *sets, **where)
+            assert in_place == "kv_compacted: expected True, got False"
+    for said in found:
+        assert said.startswith(why)
+        assert bool(said) == bool(why)
 
 
 def test_what_a_kernel_lacks_is_asked_once():

@@ -266,6 +266,39 @@ def test_decode_attention_over_pages(on_cpu, page, layout, head_dim):
         assert_same_bits("the others", x[1:], y[1:])
 
 
+@pytest.mark.parametrize(("page", "layout", "head_dim"), [(16, "NHD", 64), (64, "HND", 128), (256, "NHD", 64)])
+def test_scores_and_attention_over_pages(on_cpu, page, layout, head_dim):
+    """The bits of one buffer; what the table, lengths and sets of a sequence say is nothing to the other."""
+    lengths, M, capacity = (41, 250), 30, 256
+    q, k, v, used = caches(lengths, 4, M, head_dim=head_dim, capacity=capacity)
+    blocks, random = capacity // page, torch.Generator().manual_seed(page)
+    table = torch.randperm(2 * blocks + 2, generator=random)[: 2 * blocks].int().view(2, blocks)
+    pools = [paged(x, page, layout, table) for x in (k, v)]
+    for b, n in enumerate(lengths):
+        table[b, -(-n // page) :] = (-1, 2**31 - 1)[b]
+    score, attend = on_cpu.score_tokens.score_tokens, on_cpu.sparse_attention.sparse_attention
+    rows = zipvl_reference.probe_rows(M, num_recent=4, num_random=9)
+    where = {"seqused_k": used, "block_table": table, "layout": layout}
+    scores = score(q, pools[0], rows, **where)
+    in_one_buffer = score(q, k, rows, seqused_k=used, q_start=used - M)
+    for name, x, y in zip(("accumulated", "normalized"), scores, in_one_buffer, strict=True):
+        assert_same_bits(name, x, y)
+    kept = torch.arange(0, capacity, 2, dtype=torch.int32).expand(2, 1, -1)
+    sets = kept.clone(), torch.tensor([[21], [125]], dtype=torch.int32)
+    out = attend(q, *pools, *sets, kv_compacted=True, **where)
+    assert_same_bits("out", out, attend(q, k, v, *sets, kv_compacted=True, q_start=used - M))
+    assert out.any()
+    narrow = {**where, "block_table": table[:, : -(-125 // page)]}
+    assert_same_bits("narrow", attend(q, *pools, *sets, kv_compacted=True, **narrow), out)
+    assert not attend(q, *pools, *sets, kv_compacted=True, **{**where, "block_table": table[:, :0]}).any()
+    assert score(q, pools[0], rows, **{**where, "block_table": table[:, :0]})[0].shape == (2, 1, 0)
+    for number in (2**31 - 1, -(2**31)):
+        table[0], used[0], sets[0][0, 0, 3], sets[1][0] = number, number, number, number
+        for x, y in zip(score(q, pools[0], rows, **where), scores, strict=True):
+            assert_same_bits("scores of the other", x[1], y[1])
+        assert_same_bits("out of the other", attend(q, *pools, *sets, kv_compacted=True, **where)[1], out[1])
+
+
 @pytest.mark.parametrize(
     ("shape", "layout", "width", "why"),
     [

@@ -65,9 +65,9 @@ def score_tokens(
     of_ranks = heads.new_empty(ranks * heads.shape[0], *heads.shape[1:])
     dist.all_gather_into_tensor(of_ranks, heads.contiguous(), group=group)
     accumulated = sum_heads(of_ranks.view(ranks, *heads.shape).transpose(0, 1).flatten(1, 2))  # [B, N]
-    # Nothing is accumulated where no probe sees a column, nor where one is invalid.
-    seen = _probes_at_or_after(probe_rows, q.shape[2], k.shape[2], q_start, seqused_k).clamp(min=1)
-    return accumulated[:, None], (accumulated / (seen * (q.shape[1] * ranks)))[:, None]
+    seen = _probes_at_or_after(probe_rows, q.shape[2], k.shape[2], q_start, seqused_k)
+    normalized = torch.where(seen > 0, accumulated / (seen * (q.shape[1] * ranks)), 0)  # 0, too, in columns of padding
+    return accumulated[:, None], normalized[:, None]
 
 
 def _probes_at_or_after(rows: Tensor, M: int, N: int, q_start: Tensor | None, seqused_k: Tensor | None) -> Tensor:

@@ -48,7 +48,7 @@ def score_tokens(
 
     for b, row in enumerate(probe_rows.expand(B, -1)):  # one sequence at a time: the same bits alone or in a batch
         first = 0 if leftpad_k is None else leftpad_k[b]
-        end = N if seqused_k is None else seqused_k[b]
+        end = N if seqused_k is None else seqused_k[b].clamp(max=N)
         at = row + (N - M if q_start is None else q_start[b])  # the column that each probe stands at
         valid = (row >= 0) & (row < M) & (at >= first) & (at < end)
         probes = q[b].index_select(1, row.clamp(0, M - 1))

@@ -40,7 +40,12 @@ SHARDS = [
     ),
     *(("test_pages.py", f"sparse and not scores and {dtype}") for dtype in DTYPES),
     *(("test_pages.py", f"scores and not sparse and {dtype}") for dtype in DTYPES),
-    *(("test_pages.py", f"scores and sparse and {dtype} and {N}") for dtype in DTYPES for N in ("not 2880", "2880")),
+    *(
+        ("test_pages.py", f"scores and sparse and {dtype} and {N} and {backend}")
+        for dtype in DTYPES
+        for N in ("not 2880", "2880")
+        for backend in ("cuda", "not cuda")
+    ),
     ("test_pages.py", f"scores and sparse and not {' and not '.join(TYPES)}"),
     ("test_packed.py", "contract and (compact_kv_ or select_tokens)"),
     ("test_packed.py", "not contract"),

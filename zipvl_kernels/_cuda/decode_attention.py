@@ -36,7 +36,7 @@ def lacks(
     heads = 1  # dimension of the keys
     if block_table is not None:
         heads = 2 if layout == "NHD" else 1
-        if why := no_pages(k, block_table, layout):
+        if why := no_pages(k, seqused_k, block_table, layout):
             return why
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"

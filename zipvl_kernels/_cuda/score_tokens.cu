@@ -6,7 +6,7 @@
 //
 // In both, a block of a multiprocessor has two pairs of warpgroups, which share out the tiles of K, each warpgroup with
 // 64 rows of the product, so that one pair's exponentials run under the other's products. (Nothing makes them alternate:
-// that was measured, and slower.) Of the fifth warpgroup a thread copies tiles of K ahead of them (TMA), and three warps
+// that was measured, and slower.) Of the fifth warpgroup a warp copies tiles of K ahead of them (TMA), and three warps
 // gather the queries of the next head.
 //
 // Given from outside: HEAD_DIM 64 or 128, HALF 1 for fp16 and 0 for bf16, and PACKED 1 for sequences one after the other:
@@ -157,7 +157,7 @@ __device__ __forceinline__ void serve_keys(const Params& p, Shared& sh, u32 k_at
         int page = next;
         next = page_of(p, x.b, j + TILE, end);  // on its way while this one waits for a place
         wait(sh.empty[stage], loaded / STAGES & 1 ^ 1);
-        if (PAGE) load_boxes(k_at + stage * TILE_BYTES, p.k, sh.full[stage], j, end, kv, page);
+        if (PAGE) load_boxes(p, k_at + stage * TILE_BYTES, p.k, sh.full[stage], j, end, kv, page);
         else load_tile(k_at + stage * TILE_BYTES, p.k, sh.full[stage], x.first + j, kv, PACKED ? 0 : x.b);
     }
 }

@@ -45,7 +45,7 @@ def lacks(
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
     if block_table is not None:
-        if why := no_pages(k, block_table, layout):
+        if why := no_pages(k, seqused_k, block_table, layout):
             return why
         if leftpad_k is not None:
             return "leftpad_k: expected None with a block_table, since tiles begin with a page"

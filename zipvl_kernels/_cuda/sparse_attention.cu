@@ -271,7 +271,7 @@ __device__ void serve_keys(const Params& p, Shared& sh, u32 k_at, u32 v_at, int 
         int first = span_of(packing(p), x.b).first, b = PACKED ? 0 : x.b;
         int above = 0, page = 0, next = page_of(p, x.b, x.tile * TILE, x.count);  // pages of three tiles
         auto load = [&](u32 to, const TensorMap& map, u64& full, int tile, int page) {
-            if (PAGE) load_boxes(to, map, full, tile * TILE, x.count, x.kv, page);
+            if (PAGE) load_boxes(p, to, map, full, tile * TILE, x.count, x.kv, page);
             else load_tile(to, map, full, first + tile * TILE, x.kv, b);
         };
 #pragma unroll 1
@@ -443,7 +443,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) sparse_attention(const __gr
             barrier_init(sh.item_full[i], 1);
             barrier_init(sh.q_full[i][0], 32);
             barrier_init(sh.q_full[i][1], 32);
-            barrier_init(sh.q_empty[i], 8 + 2);  // warps of consumers; the keys' thread and warp 2
+            barrier_init(sh.q_empty[i], 8 + 2);  // warps of consumers; warp 0 and warp 2
         }
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(sh.k_full[i], 1);

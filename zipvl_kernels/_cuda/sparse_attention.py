@@ -41,7 +41,7 @@ def lacks(
     layout: str = "NHD",
 ) -> str:
     """What keeps this kernel from these arguments, "" where nothing does."""
-    if block_table is not None and (why := no_pages(k, block_table, layout)):
+    if block_table is not None and (why := no_pages(k, seqused_k, block_table, layout)):
         return why
     if q.dtype == torch.float32:
         return "q: expected float16 or bfloat16, got torch.float32"

@@ -1,4 +1,4 @@
-"""Descriptors of `[B, H, N, D]` for Hopper's copies of whole tiles into shared memory (TMA)."""
+"""Descriptors of `[B, H, N, D]` for Hopper's copies of tiles, or of parts of them, into shared memory (TMA)."""
 
 import ctypes
 from functools import lru_cache

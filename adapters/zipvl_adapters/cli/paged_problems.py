@@ -146,8 +146,8 @@ def paged_score_problem(geometry: Geometry, N: int) -> Problem:
     )
 
 
-def paged_sparse_problem(geometry: Geometry, N: int) -> Problem:
-    """A chunk's attention among the kept of `N` tokens; every chunk keeps some. Keys are read in place."""
+def paged_sparse_problem(geometry: Geometry, N: int, compacted: bool) -> Problem:
+    """A chunk's attention among the kept of `N` tokens; every chunk keeps some. Keys are compacted or read in place."""
     Hq, Hkv, D, M, p = geometry.Hq, geometry.Hkv, geometry.D, min(CHUNK, N), ceil(KEEP_RATIO * N)
     sets = sets_of(2 * D * (2 * M * Hq + 2 * N * Hkv))
     inputs: list[tuple[Any, ...]] = [
@@ -156,18 +156,22 @@ def paged_sparse_problem(geometry: Geometry, N: int) -> Problem:
     buffers: list[Any] = [[_gathered(x, table)[:, :, :N] for x in (k, v)] for _, k, v, table, *_ in inputs]
     used = torch.tensor([N], dtype=torch.int32, device=problems.DEVICE)
     asked = int((inputs[0][4] >= N - M).sum())  # of the chunk's rows
+    kept = inputs[0][4][0, 0, :p].long()
+    k_kept, v_kept = (x[0, :, kept] for x in buffers[0])
+    if compacted:
+        for i, (_, k, v, table, indices, counts) in enumerate(inputs):
+            zk.compact_paged_kv_(k, v, indices, counts, table, used)
+            buffers[i] = [_gathered(x, table)[:, :, :N] for x in (k, v)]
 
     def call(fn: Fn) -> Callable[[int], Any]:
         def run(i: int) -> Any:
             q, k, v, table, indices, counts = inputs[i]
-            return fn(q, k, v, indices, counts, seqused_k=used, block_table=table)
+            return fn(q, k, v, indices, counts, kv_compacted=compacted, seqused_k=used, block_table=table)
 
         return run
 
     def check(fn: Fn) -> None:
-        q, _, _, _, indices, _ = inputs[0]
-        kept = indices[0, 0, :p].long()
-        k, v = (x[0, :, kept] for x in buffers[0])
+        q, k, v = inputs[0][0], k_kept, v_kept
         out = call(fn)(0)
         at = torch.arange(p - asked, p, device=problems.DEVICE)  # which members stand in the chunk
         at = at[torch.randperm(asked, device=problems.DEVICE)[:SAMPLED_ROWS]]
@@ -180,15 +184,18 @@ def paged_sparse_problem(geometry: Geometry, N: int) -> Problem:
         dropped[kept[p - asked :] - (N - M)] = False
         assert bool((out[0, :, dropped] == 0).all()), "out: expected exactly 0 in rows that are not kept"
 
+    shape = {"B": 1, "Hq": Hq, "Hkv": Hkv, "M": M, "N": N, "D": D, "kept": p, "block_size": PAGE}
     return Problem(
         "sparse_attention",
         geometry,
-        {"B": 1, "Hq": Hq, "Hkv": Hkv, "M": M, "N": N, "D": D, "kept": p, "block_size": PAGE},
+        shape | {"kv_compacted": compacted},
         sets,
         call,
         check,
         baselines={
-            ONE_BUFFER: lambda i: zk.sparse_attention(inputs[i][0], *buffers[i], *inputs[i][4:]),
+            ONE_BUFFER: lambda i: zk.sparse_attention(
+                inputs[i][0], *buffers[i], *inputs[i][4:], kv_compacted=compacted
+            ),
         },
         flops=problems.attention_flops(Hq, p, D) - problems.attention_flops(Hq, p - asked, D),
     )
@@ -197,7 +204,7 @@ def paged_sparse_problem(geometry: Geometry, N: int) -> Problem:
 PAGED_PROBLEMS: dict[str, Callable[[Geometry, int], list[Problem]]] = {
     "compact_paged_kv_": lambda geometry, N: [compact_paged_problem(geometry, N)],
     "score_tokens": lambda geometry, N: [paged_score_problem(geometry, N)],
-    "sparse_attention": lambda geometry, N: [paged_sparse_problem(geometry, N)],
+    "sparse_attention": lambda geometry, N: [paged_sparse_problem(geometry, N, x) for x in (False, True)],
     "decode_attention": lambda geometry, N: [paged_decode_problem(geometry, N, B) for B in (1, 8)],
 }
 
