@@ -1,7 +1,7 @@
 """Operators over pages of 16 rows against one buffer, by replayed CUDA graphs: `python bench/pages.py`. Needs a GPU.
 
 The problems of `bench/bench_*.py` over pages, each checked on its inputs before it is timed, in turn with the same
-operator over one buffer. There "auto" may take another kernel than over pages, so this is what pages cost a user.
+operator over one buffer, where "auto" may take another kernel than over pages: this is what pages cost a user.
 Writes bench/results/GPU/pages.json.
 """
 

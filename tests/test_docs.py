@@ -115,7 +115,7 @@ def test_the_tables_of_whole_models_are_the_records():
         end = f"| {N:,} | {seconds} | {ours['x_flash']:.2f} | {ours['x_cuDNN']:.2f} | {peaks} |"
         assert sum(line.endswith(end) for line in lines) == 1, end
     steps = [row for row in recorded_rows("compiled_decode.json", fused=True) if "failed" not in row]
-    assert len(steps) == 9
+    assert len(steps) == 16
     for row in steps:
         x_bytes = f" {row['x_bytes']:.2f} |" if row["cache"] == "zipvl" else ""
         cells = f"| {row['step_ms']['p50']:.2f} |{x_bytes} {row['tokens_per_second']:,.0f} |"
