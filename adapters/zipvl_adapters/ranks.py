@@ -72,12 +72,8 @@ def score_tokens(
 
 def _probes_at_or_after(rows: Tensor, M: int, N: int, q_start: Tensor | None, seqused_k: Tensor | None) -> Tensor:
     """How many probes stand at each column or after it and before the end, int64 `[N]` or `[B, N]`."""
-    if q_start is None:
-        start: Tensor | int = N - M
-        row = torch.arange(M - N, M, dtype=rows.dtype, device=rows.device)  # that stands at each column
-    else:
-        start = q_start[:, None]
-        row = torch.arange(N, dtype=rows.dtype, device=rows.device) - start
+    start = N - M if q_start is None else q_start[:, None]
+    row = torch.arange(N, dtype=rows.dtype, device=rows.device) - start  # that stands at each column
     end = (N if seqused_k is None else seqused_k[:, None].clamp(max=N)) - start
     before_end = torch.searchsorted(rows, end) if isinstance(end, Tensor) else rows.shape[0]
     return before_end - torch.searchsorted(rows, row)

@@ -153,15 +153,15 @@ def paged_sparse_problem(geometry: Geometry, N: int, compacted: bool) -> Problem
     inputs: list[tuple[Any, ...]] = [
         (problems.draw(1, Hq, M, D), *_pools(1, geometry, N), *problems.random_set(N, p)) for _ in range(sets)
     ]
-    buffers: list[Any] = [[_gathered(x, table)[:, :, :N] for x in (k, v)] for _, k, v, table, *_ in inputs]
     used = torch.tensor([N], dtype=torch.int32, device=problems.DEVICE)
-    asked = int((inputs[0][4] >= N - M).sum())  # of the chunk's rows
-    kept = inputs[0][4][0, 0, :p].long()
-    k_kept, v_kept = (x[0, :, kept] for x in buffers[0])
+    _, *pools, first_table, members, _ = inputs[0]
+    asked = int((members >= N - M).sum())  # of the chunk's rows
+    kept = members[0, 0, :p].long()
+    k_kept, v_kept = (_gathered(x, first_table)[0, :, kept] for x in pools)  # before they move
     if compacted:
-        for i, (_, k, v, table, indices, counts) in enumerate(inputs):
+        for _, k, v, table, indices, counts in inputs:
             zk.compact_paged_kv_(k, v, indices, counts, table, used)
-            buffers[i] = [_gathered(x, table)[:, :, :N] for x in (k, v)]
+    buffers: list[Any] = [[_gathered(x, table)[:, :, :N] for x in (k, v)] for _, k, v, table, *_ in inputs]
 
     def call(fn: Fn) -> Callable[[int], Any]:
         def run(i: int) -> Any:
